@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['okabe_ito', 'StripError', 'RunError', 'nearest', 'class_colors', 'content_hash', 'derive_seed', 'seed_everything',
            'atomic_path', 'write_text', 'write_json', 'write_csv', 'read_json', 'file_hash', 'cpu_count',
-           'progress_style', 'progress', 'git_commit', 'processor', 'device_name', 'environment', 'Run', 'now',
-           'new_run', 'open_run', 'list_runs']
+           'progress_style', 'progress', 'git_commit', 'processor', 'device_name', 'environment', 'workspace', 'Run',
+           'now', 'new_run', 'open_run', 'list_runs']
 
 # %% ../nbs/00_core.ipynb #7c0ba46b
 import hashlib, json, os, platform, random, secrets, subprocess, sys
@@ -207,6 +207,13 @@ def environment(
     return dict(python=platform.python_version(), platform=platform.platform(), processor=processor(), device=device_name(),
                 commit=git_commit(Path(__file__).parent if '__file__' in globals() else '.'), seed=seed, packages=dict(packages))
 
+# %% ../nbs/00_core.ipynb #82a7158c
+def workspace()->Path: # An absolute folder
+    "The nearest folder upwards with the project's settings.ini, or the current folder where there is none"
+    here = Path.cwd()
+    def ours(folder): return (folder/'settings.ini').is_file() and 'lib_name = strip_notebooks' in (folder/'settings.ini').read_text()
+    return next((f for f in (here, *here.parents) if ours(f)), here)
+
 # %% ../nbs/00_core.ipynb #f852a36a
 class Run:
     "One folder under `runs/`: what an experiment was given, did, and found"
@@ -229,11 +236,11 @@ def now()->str: # Such as '2026-11-23T10:15:00+00:00'
 def new_run(
     name:str,           # The experiment's name
     parameters:dict,    # What it is given
-    root='runs',        # The folder of all runs
+    root=None,          # The folder of all runs; None is the workspace's runs/
 )->Run:                 # In the state 'running'
     "Make a new run folder, which no earlier run has had"
     stamp = datetime.now(timezone.utc).strftime('%Y-%m-%d_%H%M%S')
-    path = Path(root)/f'{stamp}-{name}-{secrets.token_hex(2)}'
+    path = Path(root or workspace()/'runs')/f'{stamp}-{name}-{secrets.token_hex(2)}'
     path.mkdir(parents=True, exist_ok=False)
     write_json(path/'parameters.json', parameters)
     write_json(path/'environment.json', environment(parameters.get('seed')))
@@ -245,7 +252,7 @@ def open_run(
     out,                    # A run's folder; empty makes a new one
     name:str='notebook',    # The experiment's name, for a new run
     parameters:dict|None=None, # What the experiment is given, for a new run
-    root='runs',            # The folder of all runs, for a new run
+    root=None,              # The folder of all runs, for a new run; None is the workspace's runs/
 )->Run:
     "The run whose folder is `out`, or a new one"
     return Run(out) if out else new_run(name, parameters or {}, root)
@@ -311,11 +318,11 @@ def _alive(process):
     return True
 
 def list_runs(
-    root='runs',    # The folder of all runs
+    root=None,      # The folder of all runs; None is the workspace's runs/
 )->pd.DataFrame:    # run, name, state, started, ended, error; then a column for each number in metrics.json
     "A row for each run, oldest first"
     rows = []
-    for status in sorted(Path(root).glob('*/status.json')):
+    for status in sorted(Path(root or workspace()/'runs').glob('*/status.json')):
         run = Run(status.parent)
         state = run.status
         if state['state'] == 'running' and not _alive(state['process']): state['state'] = 'interrupted'
