@@ -1,0 +1,66 @@
+"""JupyterLab in a real browser opens a notebook and runs it top to bottom.
+
+One notebook stands for all in the daily run; `STRIP_LAB_NOTEBOOKS=all pytest -n 0 tests/test_jupyterlab.py` opens every one.
+"""
+import json, os, shutil, socket, subprocess, sys, time, urllib.request
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+EVERY = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+# the steps stand in the order in which they build on each other; the benchmark is not for an afternoon's browsing
+STEPS = [f'nbs/experiments/{s}.ipynb' for s in ('prepare', 'train', 'evaluate', 'report')]
+NOTEBOOKS = [n for n in EVERY if 'experiments' not in n] + [s for s in STEPS if s in EVERY] if os.environ.get('STRIP_LAB_NOTEBOOKS') == 'all' else ['nbs/00_core.ipynb']
+STATE = """() => {
+    const panel = window.jupyterapp.shell.currentWidget
+    const cells = [...panel.content.model.cells].map(c => c.toJSON()).filter(c => c.cell_type === 'code' && String(c.source).trim())
+    return {all: cells.length, run: cells.filter(c => c.execution_count).length, status: panel.sessionContext.kernelDisplayStatus,
+            errors: cells.flatMap(c => c.outputs).filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue)}
+}"""
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "A JupyterLab on the loopback, over a copy of the notebooks; gives its address and token"
+    if not CHROMIUM: pytest.skip('there is no Chromium on this machine')
+    folder = tmp_path_factory.mktemp('lab')
+    shutil.copytree(ROOT/'nbs', folder/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    for name in ('settings.ini', 'README.md', 'setup.py', 'pyproject.toml', '_quarto.yml'):
+        if (ROOT/name).exists(): shutil.copy(ROOT/name, folder)
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    server = subprocess.Popen([sys.executable, '-m', 'jupyter', 'lab', '--allow-root', '--no-browser', f'--ServerApp.root_dir={folder}', '--ip=127.0.0.1', f'--port={port}', '--IdentityProvider.token=t0ken',
+                               '--LabApp.expose_app_in_browser=True', '--ServerApp.port_retries=0'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder,
+                              env={**os.environ, 'JUPYTER_CONFIG_DIR': str(folder/'.config'), 'JUPYTER_DATA_DIR': str(folder/'.data')})
+    address = f'http://127.0.0.1:{port}'
+    try:
+        for _ in range(120):
+            try: urllib.request.urlopen(f'{address}/api?token=t0ken', timeout=2); break
+            except OSError: time.sleep(.5); assert server.poll() is None, 'JupyterLab did not start'
+        yield address
+    finally: server.terminate(); server.wait(20)
+
+@pytest.fixture(scope='module')
+def page(lab):
+    "A page of a real browser"
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--no-first-run'])
+        yield browser.new_page(viewport=dict(width=1280, height=1000))
+        browser.close()
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS)
+def test_lab_runs_notebook(lab, page, notebook):
+    page.goto(f'{lab}/lab/workspaces/w{abs(hash(notebook))}/tree/{notebook}?token=t0ken')
+    page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.content?.model?.cells?.length > 0 && window.jupyterapp.shell.currentWidget.sessionContext?.session?.kernel", timeout=90_000)
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells').catch(() => 0); return 1 }")
+    state, end = {}, time.time() + int(os.environ.get('STRIP_LAB_SECONDS', 120))
+    while time.time() < end:
+        time.sleep(1)
+        state = page.evaluate(STATE)
+        if state['errors'] or (state['run'] == state['all'] and state['status'] == 'idle'): break
+    if os.environ.get('STRIP_LAB_PICTURES'): page.screenshot(path=Path(os.environ['STRIP_LAB_PICTURES'])/(Path(notebook).stem + '.png'))
+    assert not state['errors'], state['errors']
+    assert state['run'] == state['all'] > 0, state
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
