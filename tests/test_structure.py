@@ -6,6 +6,7 @@ from tokenize import COMMENT, generate_tokens
 
 import pytest
 import yaml
+from nbdev.doclinks import patch_name
 
 root = Path(__file__).resolve().parents[1]
 library = root/'strip_notebooks'
@@ -125,6 +126,15 @@ def test_notebook_opens_with_a_title_and_a_sentence(path):
     first = read(path)['cells'][0]
     assert first['cell_type'] == 'markdown' and re.match(r'# \S.*\n+> \S', source(first)), source(first)
 
+@pytest.mark.parametrize('path', notebooks, ids=name)
+def test_notebook_is_light(path):
+    assert path.stat().st_size <= 400_000, 'smaller or fewer pictures, tables by .head()'
+
+def test_exported_imports_are_by_name():
+    for path in modules:
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.ImportFrom): assert [a.name for a in node.names] != ['*'], f'{name(path)} imports * from {node.module}'
+
 def test_nothing_large_in_git():
     listed = subprocess.run(['git', 'ls-files', '-z'], cwd=root, capture_output=True, text=True, check=True).stdout.split('\0')
     assert [f for f in listed if f and (root/f).is_file() and (root/f).stat().st_size > 1_000_000] == []
@@ -156,6 +166,12 @@ def undocumented_classes(text):
 def test_public_functions_are_documented(path):
     text = path.read_text(encoding='utf-8')
     assert [*undocumented(text), *undocumented_classes(text)] == []
+
+@pytest.mark.parametrize('path', modules, ids=name)
+def test_a_name_is_defined_once(path):
+    definitions = [n for n in ast.parse(path.read_text(encoding='utf-8')).body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    names = [str(patch_name(d)) for d in definitions]
+    assert sorted(n for n in set(names) if names.count(n) > 1) == []
 
 def test_a_missing_comment_is_seen():
     assert list(undocumented('def f(\n    a, # One\n    b,\n):\n    "Gives"\n')) == ['f: b has no comment']
