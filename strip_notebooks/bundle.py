@@ -186,6 +186,7 @@ def predict_cohort(
 )->pd.DataFrame:            # The predictions table, a row an image
     "What a bundle says of every image of a cohort"
     if device and device != bundle.device: bundle.model.to(device); bundle.device = device
+    if cache is not None and any(getattr(cache.preprocessing, k) != getattr(bundle.preprocessing, k) for k in ('size', 'fit', 'stain', 'clahe')): raise BundleError('The cache was made with another preprocessing than the bundle was trained with; build it with `bundle.preprocessing`.')
     rows = None if cache is None else cache.rows(cohort['image_id'])
     out = []
     for i in progress(range(0, len(cohort), batch_size), 'predict'):

@@ -436,20 +436,19 @@ def _batches(n_batches, batch_size, size):
 def _noise_normalise(images): return images.float().sub_(127.5).div_(64)
 
 def _in_turns(parts, repeats):
-    "Median seconds of each part, timed in turns after one warm-up"
-    times = {k: [] for k in parts}
+    "Seconds of each of two parts in each round, (repeats, 2), timed in turns, in alternating order, after a warm-up"
+    times = np.zeros((repeats+1, 2))
     for r in range(repeats+1):
-        for k,f in parts.items():
-            start = time.perf_counter(); f()
-            if r: times[k].append(time.perf_counter()-start)
-    return {k: float(np.median(v)) for k,v in times.items()}
+        for k in ((0, 1), (1, 0))[r%2]:
+            start = time.perf_counter(); parts[k](); times[r,k] = time.perf_counter()-start
+    return times[1:]
 
 # %% ../../nbs/42_training.loop.ipynb #6ae8f688
 def loop_cost(
     size:int=128,           # Pixels
     batch_size:int=32,      # Images a step
-    n_batches:int=8,        # Steps an epoch
-    repeats:int=5,          # Epochs of each, in turns; the median counts
+    n_batches:int=4,        # Steps an epoch
+    repeats:int=11,         # Epochs of each, in turns; the median ratio counts
 )->dict:                    # ours and bare (seconds an epoch on the CPU), ratio
     "Time an epoch of SimpleCNN by `train_epoch` against the same epoch by `bare_epoch`"
     from lightning_fabric import Fabric
@@ -458,15 +457,15 @@ def loop_cost(
     optimizers = [make_optimizer(n) for n in nets]
     model,optimizer = fabric.setup(nets[0], optimizers[0])
     schedule,loss,config = make_schedule(optimizers[0], 'cosine', n_batches*(repeats+1)),make_loss('cross_entropy', [1, 1]),TrainConfig(clip=0)
-    times = _in_turns(dict(ours=lambda: train_epoch(fabric, model, optimizer, schedule, batches, loss, _noise_normalise, config, 0),
-                           bare=lambda: bare_epoch(nets[1], optimizers[1], batches, _noise_normalise)), repeats)
-    return {**times, 'ratio': times['ours']/times['bare']}
+    times = _in_turns([lambda: train_epoch(fabric, model, optimizer, schedule, batches, loss, _noise_normalise, config, 0),
+                       lambda: bare_epoch(nets[1], optimizers[1], batches, _noise_normalise)], repeats)
+    return dict(ours=float(np.median(times[:,0])), bare=float(np.median(times[:,1])), ratio=float(np.median(times[:,0]/times[:,1])))
 
 def step_speed(
     arch:str='resnet18',    # Any name of timm
     batch_size:int=32,      # Images a step
     size:int=224,           # Pixels
-    repeats:int=5,          # Steps of each, in turns; the median counts
+    repeats:int=5,          # Steps of each, in turns; the median ratio counts
 )->dict:                    # picked and default (seconds a step on the CPU), ratio (above 1 is faster), precision
     "Time a training step in the precision and layout that the trainer picks against torch's defaults"
     from lightning_fabric import Fabric
@@ -478,5 +477,5 @@ def step_speed(
         model,optimizer = fabric.setup(net.train(), make_optimizer(net) if fused else torch.optim.AdamW(net.parameters()))
         def run(): optimizer.zero_grad(); fabric.backward(nn.functional.cross_entropy(model(x).float(), batch['target'])); optimizer.step()
         return run
-    times = _in_turns(dict(picked=step(precision, torch.channels_last, True), default=step('32-true', torch.contiguous_format, False)), repeats)
-    return {**times, 'ratio': times['default']/times['picked'], 'precision': precision}
+    times = _in_turns([step(precision, torch.channels_last, True), step('32-true', torch.contiguous_format, False)], repeats)
+    return dict(picked=float(np.median(times[:,0])), default=float(np.median(times[:,1])), ratio=float(np.median(times[:,1]/times[:,0])), precision=precision)
