@@ -129,10 +129,11 @@ def train_epoch(
     total,seen,last = torch.zeros((), device=fabric.device),0,len(loader)-1
     for i,batch in enumerate(loader):
         image,target = fabric.to_device((batch['image'], batch['target']))
+        image = normalise(image)
         if config.mixup or config.cutmix:
             onehot = nn.functional.one_hot(target, loss.keywords['weights'].numel()).float()
             image,target = mix_batch(image, onehot, config.mixup, config.cutmix, derive_seed(config.seed, 'mix', epoch, i))
-        value = loss(model(normalise(image)), target)
+        value = loss(model(image), target)
         fabric.backward(value/min(config.accumulate, last+1-i//config.accumulate*config.accumulate))
         total += value.detach()*len(target); seen += len(target)
         if (i+1)%config.accumulate and i != last: continue
