@@ -194,7 +194,10 @@ def readme_cells(
     title = yaml.safe_load(''.join(page['cells'][0]['source']).strip().strip('-'))
     head = dict(cell_type='markdown', id='title', metadata={}, source=f"# {title['title']}\n\n> {title['description']}")
     options = re.compile(r'^#\|.*\n?', flags=re.MULTILINE)
-    return [head] + [{**c, 'source': options.sub('', ''.join(c['source']))} for c in page['cells'][1:]]
+    def plain(cell):
+        source = ''.join(cell['source'])
+        return {**cell, 'source': options.sub('', source), 'transient': {'remove_source': '#| echo: false' in source}}
+    return [head] + [plain(c) for c in page['cells'][1:]]
 
 # %% ../nbs/96_docs.ipynb #cc6f2b3e
 def write_readme(
