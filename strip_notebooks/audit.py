@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .core import cpu_count, derive_seed
+from .data.checks import near_duplicates, perceptual_hashes
 from .data.formats import image_size, read_image, to_uint8
 from .splits import SplitError, assert_disjoint, patient_table, split_names
 from .statistics import Estimate, auc, interval
@@ -137,7 +138,6 @@ def duplicates_across(
     cohort:pd.DataFrame,    # A row an image, with `path`; with or without a `split` column
 )->dict:                    # One row of the report
     "Near-duplicate images of different patients: across splits, or at all if there is no split yet"
-    from strip_notebooks.data.checks import near_duplicates, perceptual_hashes
     pairs = near_duplicates(perceptual_hashes(cohort))
     known = cohort.assign(image_id=cohort.image_id.astype(str)).set_index('image_id')
     a, b = (known.loc[pairs[c].astype(str)] for c in ('image_id_a', 'image_id_b'))
