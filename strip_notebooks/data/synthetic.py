@@ -23,6 +23,7 @@ import pandas as pd
 import cv2
 
 from ..core import StripError, atomic_path, cpu_count, derive_seed, nearest, progress, read_json, write_csv, write_json
+from .cohort import save_cohort
 from .formats import write_image
 
 # %% ../../nbs/13_data.synthetic.ipynb #66903cdc
@@ -45,7 +46,7 @@ even  = (.28,)*11
 stark = (.97, .02, .02, .96, .02, .02, .02, .95, .02, .95, .02)
 pooled = ((43, 22), (26, 18), (4, 2.5))
 presets = dict(
-    easy       = Preset(dict(CE=((31, 15), (39, 13), (6, 2.5)), LAA=((56, 15), (17, 11), (2.8, 1.5))), mild),
+    easy       = Preset(dict(CE=((31, 15), (39, 13), (6, 2.5)), LAA=((57, 15), (16, 10), (2.8, 1.5))), mild),
     realistic  = Preset(dict(CE=((42, 22), (27, 18), (4, 2.5)), LAA=((46, 23), (24, 18), (4, 2.5))), mild),
     null       = Preset(dict(CE=pooled, LAA=pooled), even),
     confounded = Preset(dict(CE=pooled, LAA=pooled), stark, varied_size=True))
@@ -67,22 +68,6 @@ def preset_named(
     return Preset(dict(CE=((red + red_cell_shift, sd), *others), LAA=p.composition['LAA']), p.center_prevalence, p.varied_size)
 
 # %% ../../nbs/13_data.synthetic.ipynb #8a96f235
-def to_fractions(
-    latent:np.ndarray,  # (..., 3) log ratios of red cells, platelets and white cells to fibrin
-)->np.ndarray:          # (..., 4) fractions in the order of `components`, sum 1
-    "The composition that a point in log-ratio space stands for"
-    red, platelets, white = np.moveaxis(np.exp(latent), -1, 0)
-    parts = np.stack([red, platelets, np.ones_like(red), white], -1)
-    return parts/parts.sum(-1, keepdims=True)
-
-def to_latent(
-    fractions:np.ndarray,   # (..., 4) in the order of `components`, all above 0
-)->np.ndarray:              # (..., 3)
-    "The additive log ratios of a composition (Aitchison, 1982): the inverse of `to_fractions`"
-    f = np.log(fractions)
-    return f[..., [0, 1, 3]] - f[..., [2]]
-
-# %% ../../nbs/13_data.synthetic.ipynb #59a35aaa
 def to_fractions(
     latent:np.ndarray,  # (..., 3) log ratios of red cells, platelets and white cells to fibrin
 )->np.ndarray:          # (..., 4) fractions in the order of `components`, sum 1
@@ -255,7 +240,6 @@ class PatientStyle:
     fibrin_depth:float  # Density of fibrin, about 1
     grain:float         # Coarseness of the platelets' grain, pixels at 512
 
-# %% ../../nbs/13_data.synthetic.ipynb #ee28a181
 def draw_style(
     rng,    # NumPy generator of the patient
 )->PatientStyle:
@@ -545,6 +529,7 @@ def draw_patients(
 )->pd.DataFrame:        # A row a patient: patient_id, label, center_id, n_images
     "Patients with the prior share of LAA, the STRIP counts of images and the preset's centers"
     if n_patients < 8: raise SyntheticError(f'n_patients={n_patients} is too few for two labels and several images a patient; take 8 or more.')
+    if images_per_patient is not None and images_per_patient < 1: raise SyntheticError(f'images_per_patient={images_per_patient} leaves no image; take 1 or more, or None for the STRIP counts.')
     rng = np.random.default_rng(derive_seed(seed, 'patients'))
     laa = round(prior*n_patients)
     labels = rng.permutation(np.repeat(['CE', 'LAA'], [n_patients - laa, laa]))
@@ -575,6 +560,7 @@ def plan_cohort(
     plan['artefact'] = rng.choice(['none', *artefacts], len(plan), p=rates)
     shrink = 1 - .03*plan.center_id.astype(int) if preset_named(preset).varied_size else 1.
     plan['size'] = np.round(size*shrink*np.ones(len(plan))).astype(int)
+    if plan['size'].min() < 64: raise SyntheticError(f"size={size} makes pictures of {plan['size'].min()} pixels, too small to draw cells in; take {np.ceil(64*size/plan['size'].min()):.0f} or more.")
     plan[list(components)] = draw_composition(patients.label, patients.n_images, preset, red_cell_shift, seed)
     return plan[['image_id', 'patient_id', 'label', 'center_id', 'artefact', 'size', *components]]
 
@@ -610,7 +596,7 @@ def _claim(folder, settings):
         found = read_json(file)
         other = [k for k in {**settings, **found} if settings.get(k) != found.get(k)]
         if other: raise SyntheticError(f'{folder} holds a synthetic cohort with other settings ({", ".join(f"{k}={found.get(k)!r}" for k in other)}); choose another folder.')
-    elif folder.exists() and any(folder.iterdir()): raise SyntheticError(f'{folder} is not empty and holds no synthetic cohort; choose another folder.')
+    elif folder.exists() and any(not f.name.startswith('.') for f in folder.iterdir()): raise SyntheticError(f'{folder} is not empty and holds no synthetic cohort; choose another folder.')
     else: write_json(file, settings)
 
 # %% ../../nbs/13_data.synthetic.ipynb #78873083
@@ -683,5 +669,5 @@ def make_cohort(
     if len(missing) or not (folder/'truth.csv').exists():
         measured = [measure_truth(read_truth_map(folder, i)) for i in plan.image_id]
         write_csv(folder/'truth.csv', pd.concat([plan[['image_id', 'artefact']], pd.DataFrame(measured)], axis=1))
-    write_csv(folder/'cohort.csv', cohort)
+    save_cohort(folder/'cohort.csv', cohort)
     return cohort
