@@ -29,13 +29,15 @@ def probe(
     repeats:int=2,          # How many times the 5 folds are dealt
 )->list:                    # For each fold of each repeat: the held-out rows (H,), their probability of each sorted class (H, K)
     "What `features` alone say about `target`, of patients that the probe was not fitted on"
-    from sklearn.ensemble import ExtraTreesClassifier
     from sklearn.model_selection import RepeatedStratifiedKFold
     from sklearn.naive_bayes import CategoricalNB
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
     y = np.unique(target, return_inverse=True)[1]
     names = not all(pd.api.types.is_numeric_dtype(t) for t in features.dtypes)
-    x = np.column_stack([np.unique(features[c].astype(str), return_inverse=True)[1] for c in features]) if names else features.to_numpy()
-    model = CategoricalNB(min_categories=x.max(0) + 1) if names else ExtraTreesClassifier(30, min_samples_leaf=5, random_state=0)
+    x = np.column_stack([np.unique(features[c].astype(str), return_inverse=True)[1] for c in features]) if names else features.to_numpy(float)
+    model = CategoricalNB(min_categories=x.max(0) + 1) if names else make_pipeline(StandardScaler(), KNeighborsClassifier(min(15, len(y)//2)))
     folds = RepeatedStratifiedKFold(n_splits=5, n_repeats=repeats, random_state=derive_seed(seed, 'probe'))
     return [(held, model.fit(x[fitted], y[fitted]).predict_proba(x[held])) for fitted,held in folds.split(x, y)]
 
