@@ -1,0 +1,238 @@
+"A cohort from folders and tables as people really keep them, and a quarantine that loses nothing"
+import os, struct, subprocess, sys, warnings, zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from strip_notebooks.data.checks import hash_distances, near_duplicates
+from strip_notebooks.data.cohort import CohortError, CohortWarning, check_cohort, cohort_from_csv, cohort_from_folder, cohort_from_frame, load_cohort, quarantine, read_cohort, save_cohort
+from strip_notebooks.data.formats import write_image
+
+IDS = ['000123', '1e5123', 'NA', 'nan', 'True', '12.0', 'None', '0x1F', '-7']
+
+
+def draw(path, seed=0, side=24):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    return path
+
+
+def table(**columns):
+    "A valid table of nine images of nine patients, with some columns exchanged"
+    return pd.DataFrame(dict(image_id=IDS, patient_id=[f'p{i}' for i in IDS], label=['CE', 'LAA', 'CE']*3, center_id='1', path=[f'/nowhere/{i}.png' for i in IDS]) | columns)
+
+
+# --- twenty broken images in ten ways ---
+
+def huge_png():
+    "A PNG of a few bytes that claims 40,000 x 40,000 pixels"
+    def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 40_000, 40_000, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(b'\0')) + chunk(b'IEND', b'')
+
+
+def report_without_pixels(path):
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, '1.2.840.10008.5.1.4.1.1.88.11', generate_uid()
+    ds = FileDataset(str(path), {}, file_meta=meta, preamble=b'\0'*128)
+    ds.SOPClassUID = meta.MediaStorageSOPClassUID
+    ds.save_as(path, enforce_file_format=True)
+
+
+def half(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole)//2])
+
+
+def half_gzip(path):
+    draw(path)
+    path.write_bytes(path.read_bytes()[:200])
+
+
+BROKEN = {  # name of the way: ending, how to break the file at a path, the reason that must be given
+    'no bytes':            ('.png', lambda p: p.write_bytes(b''), 'empty'),
+    'text':                ('.png', lambda p: p.write_text('the scanner was busy\n'*40), 'not_an_image'),
+    'half a PNG':          ('.png', lambda p: half(draw(p, side=64)), 'damaged'),
+    'half a JPEG':         ('.jpg', lambda p: half(draw(p, side=64)), 'damaged'),
+    'half a TIFF':         ('.tif', lambda p: half(draw(p, side=64)), 'damaged'),
+    'more than allowed':   ('.png', lambda p: p.write_bytes(huge_png()), 'too_large'),
+    'Python objects':      ('.npy', lambda p: np.save(p, np.array([{}, []], object), allow_pickle=True), 'unsupported'),
+    'numbers of no range': ('.npy', lambda p: np.save(p, np.full((8, 8), 700.)), 'range'),
+    'a DICOM report':      ('.dcm', report_without_pixels, 'no_pixels'),
+    'half a gzip':         ('.nii.gz', half_gzip, 'damaged'),
+}
+
+
+def test_twenty_broken_images_in_ten_ways_are_set_aside_and_nothing_else(tmp_path):
+    folder,expected = tmp_path/'cohort',{}
+    for i in range(180): draw(folder/('LAA' if i % 4 == 0 else 'CE')/f'p{i//2*2:03d}{"a" if i % 4 == 0 else "b"}'/f'{i:03d}.png', i)
+    for j,(way,(ending,damage,reason)) in enumerate(BROKEN.items()):
+        for k in range(2):
+            path = folder/('CE', 'LAA')[k]/f'q{j}{k}'/f'scan{ending}'
+            path.parent.mkdir(parents=True)
+            damage(path)
+            expected[str(path)] = (way, reason)
+    cohort = read_cohort(folder)
+    assert len(cohort) == 200
+    good,bad = quarantine(cohort, workers=2)
+    assert len(bad) == 20 and set(bad.path) == set(expected)
+    assert {p: r for p,r in zip(bad.path, bad.reason)} == {p: r for p,(_,r) in expected.items()}
+    assert all(os.path.basename(p) in m and len(m) > len(p) + 10 for p,m in zip(bad.path, bad.message))
+    assert len(good) == 180 and sorted([*good.image_id, *bad.image_id]) == sorted(cohort.image_id)
+    pd.testing.assert_frame_equal(good, cohort[~cohort.path.isin(expected)].reset_index(drop=True))
+    alone = quarantine(cohort, workers=1)
+    pd.testing.assert_frame_equal(alone[0], good); pd.testing.assert_frame_equal(alone[1], bad)
+
+
+def test_missing_files_of_a_table_are_set_aside(tmp_path):
+    draw(tmp_path/'train'/'a.png'); draw(tmp_path/'train'/'b.png')
+    (tmp_path/'train.csv').write_text('image_id,patient_id,label,center_id\na,1,CE,1\nb,2,LAA,1\nc,3,LAA,1\n')
+    good,bad = quarantine(read_cohort(tmp_path/'train.csv'))
+    assert good.image_id.tolist() == ['a', 'b'] and bad[['image_id', 'reason']].values.tolist() == [['c', 'missing']]
+
+
+def test_quarantine_works_in_a_script(tmp_path):
+    "A plain script starts its workers by spawning, which runs its main module again"
+    for i in range(60): draw(tmp_path/'data'/'CE'/f'p{i}'/'a.png', i)
+    (tmp_path/'data'/'CE'/'p7'/'a.png').write_bytes(b'')
+    script = tmp_path/'script.py'
+    script.write_text("import sys\nfrom strip_notebooks.data.cohort import read_cohort, quarantine\n"
+                      "if __name__ == '__main__':\n    good,bad = quarantine(read_cohort(sys.argv[1]), workers=2)\n    print(len(good), bad.patient_id.tolist())\n")
+    done = subprocess.run([sys.executable, script, tmp_path/'data'], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "59 ['p7']"
+
+
+# --- ids are text ---
+
+def test_ids_that_look_like_something_else_stay_text(tmp_path):
+    cohort = check_cohort(table(patient_id=IDS, label=['NA', 'True', '01']*3))
+    for _ in range(2):                                                   # and a second time from what was written
+        save_cohort(tmp_path/'cohort.csv', cohort)
+        cohort = load_cohort(tmp_path/'cohort.csv')
+        assert cohort.image_id.tolist() == IDS and cohort.patient_id.tolist() == IDS
+        assert cohort.label.tolist() == ['NA', 'True', '01']*3 and cohort.center_id.tolist() == ['1']*9
+        assert {type(v) for c in ('image_id', 'patient_id', 'label', 'center_id', 'path') for v in cohort[c]} == {str}
+    assert read_cohort(tmp_path/'cohort.csv').image_id.tolist() == IDS
+    back = load_cohort(tmp_path/'cohort.csv')
+    pd.testing.assert_frame_equal(back, cohort)
+
+
+def test_attributes_are_numbers_only_where_nothing_is_lost(tmp_path):
+    save_cohort(tmp_path/'cohort.csv', table(age=range(60, 69), scanner=[f'00{i}' for i in range(9)], sex=['F', 'M', '']*3))
+    back = load_cohort(tmp_path/'cohort.csv')
+    assert back.age.tolist() == list(range(60, 69)) and back.scanner[3] == '003' and back.sex.tolist() == ['F', 'M', '']*3
+
+
+# --- what is no cohort ---
+
+def test_errors_say_what_and_where():
+    with pytest.raises(CohortError, match='1 image ids occur more than once.*row 8'): check_cohort(table(image_id=IDS[:8] + IDS[:1]))
+    with pytest.raises(CohortError, match='1 patients have images under two labels'): check_cohort(table(patient_id=['p', 'p', *IDS[2:]]))
+    with pytest.raises(CohortError, match='1 rows have no label.*row 4'): check_cohort(table(label=['CE']*4 + [None] + ['CE']*4))
+    with pytest.raises(CohortError, match='3 rows have no patient_id.*row 0'): check_cohort(table(patient_id=['', ' ', float('nan'), *IDS[3:]]))
+    with pytest.raises(CohortError, match='no images'): check_cohort(table()[:0])
+    with pytest.raises(CohortError, match="no column 'patient_id'.*patientid"): check_cohort(table().rename(columns=dict(patient_id='patientid')))
+
+
+def test_a_patient_at_two_centers_is_a_warning():
+    with pytest.warns(CohortWarning, match='1 patients'): check_cohort(table(patient_id=['p', 'b', 'p', *IDS[3:]], center_id=list('112222222')))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        check_cohort(table(center_id=list('112222222')))
+
+
+def test_errors_and_warnings_do_not_name_patients():
+    name = 'DOE^JANE'
+    for change in (dict(patient_id=[name]*9), dict(image_id=[name]*9), dict(patient_id=[name] + IDS[1:], label=['']*9)):
+        with pytest.raises(CohortError) as caught: check_cohort(table(**change))
+        assert name not in str(caught.value)
+    with pytest.warns(CohortWarning) as caught: check_cohort(table(patient_id=[name]*9, label='CE', center_id=list('112222222')))
+    assert not any(name in str(w.message) for w in caught)
+
+
+# --- tables as they come ---
+
+@pytest.mark.parametrize('separator', [',', ';', '\t'])
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig'])
+def test_separators_and_byte_order_mark(tmp_path, separator, encoding):
+    for i in ('000123', '1e5123', 'NA'): draw(tmp_path/'images'/f'{i}.png')
+    lines = [['image_id', 'patient_id', 'label', 'center_id'], ['000123', '007', 'CE', '1'], ['1e5123', '1e7', 'LAA', '02'], ['NA', 'nan', 'CE', '1']]
+    (tmp_path/'table.csv').write_text('\r\n'.join(separator.join(l) for l in lines), encoding=encoding)
+    cohort = read_cohort(tmp_path/'table.csv')
+    assert cohort.iloc[:, :4].values.tolist() == lines[1:]
+    assert not len(quarantine(cohort)[1])
+
+
+def test_other_column_names(tmp_path):
+    draw(tmp_path/'scans'/'x1.png'); draw(tmp_path/'scans'/'x2.png')
+    (tmp_path/'t.csv').write_text('Slide;Patient;Diagnosis;age\nx1;01;CE;71\nx2;02;LAA;65\n')
+    columns = dict(image_id='Slide', patient_id='Patient', label='Diagnosis')
+    cohort = cohort_from_csv(tmp_path/'t.csv', tmp_path/'scans', columns)
+    assert cohort.patient_id.tolist() == ['01', '02'] and cohort.label.tolist() == ['CE', 'LAA'] and set(cohort.center_id) == {'unknown'} and 'age' in cohort
+    with pytest.raises(CohortError, match="'Diagnose'.*Diagnosis"): cohort_from_csv(tmp_path/'t.csv', tmp_path/'scans', columns | dict(label='Diagnose'))
+    with pytest.raises(CohortError, match="'Patients'.*Patient"): cohort_from_frame(pd.read_csv(tmp_path/'t.csv', sep=';'), columns | dict(patient_id='Patients'))
+
+
+def test_tables_that_cannot_be_read(tmp_path):
+    with pytest.raises(CohortError, match='does not exist'): read_cohort(tmp_path/'none.csv')
+    (tmp_path/'empty.csv').write_text(''); (tmp_path/'bytes.csv').write_bytes(b'image_id\n\xff\xfe\xfa')
+    with pytest.raises(CohortError, match='is empty'): read_cohort(tmp_path/'empty.csv')
+    with pytest.raises(CohortError, match='UTF-8'): read_cohort(tmp_path/'bytes.csv')
+    (tmp_path/'lone.csv').write_text('image_id,patient_id,label\na,1,CE\n')
+    with pytest.raises(CohortError, match='No image'): read_cohort(tmp_path/'lone.csv')
+
+
+# --- folders as they come ---
+
+def test_stray_hidden_and_nested_files(tmp_path):
+    for p in ('CE/007/a.png', 'CE/007/2024/deep/b.png', 'LAA/1e5/a.png'): draw(tmp_path/p)
+    for p in ('notes.txt', 'CE/list.xlsx', 'CE/007/report.pdf', 'CE/007/Thumbs.db', 'CE/007/._a.png', '.DS_Store', '.cache/x/y.png', 'LAA/.hidden/a.png'):
+        (tmp_path/p).parent.mkdir(parents=True, exist_ok=True); (tmp_path/p).write_bytes(b'x')
+    (tmp_path/'LAA'/'nobody').mkdir()
+    cohort = cohort_from_folder(tmp_path, center='9')
+    assert sorted(zip(cohort.label, cohort.patient_id, cohort.image_id)) == [('CE', '007', '007/2024/deep/b.png'), ('CE', '007', '007/a.png'), ('LAA', '1e5', '1e5/a.png')]
+    assert set(cohort.center_id) == {'9'} and all(os.path.isabs(p) for p in cohort.path)
+
+
+def test_folders_that_are_no_cohort(tmp_path):
+    with pytest.raises(CohortError, match='No images'): cohort_from_folder(tmp_path)
+    with pytest.raises(CohortError, match='no folder'): cohort_from_folder(tmp_path/'none')
+    draw(tmp_path/'CE'/'p1'/'a.png'); draw(tmp_path/'LAA'/'loose.png')
+    with pytest.raises(CohortError, match='1 images lie in .* without a folder of a patient.*loose.png'): cohort_from_folder(tmp_path)
+
+
+def test_a_patient_in_the_folders_of_two_labels(tmp_path):
+    draw(tmp_path/'CE'/'p1'/'a.png'); draw(tmp_path/'LAA'/'p1'/'b.png', 1)
+    with pytest.raises(CohortError, match='two labels'): cohort_from_folder(tmp_path)
+
+
+# --- real images, near-duplicates, imports ---
+
+def test_real_images_need_no_options(real):
+    cohort = read_cohort(real/'white_blood_cells'/'train.csv')
+    listed = (real/'white_blood_cells'/'train.csv').read_text().strip().splitlines()
+    assert len(cohort) == len(listed) - 1 and cohort.label.nunique() > 1 and cohort.center_id.nunique() == 2
+    good,bad = quarantine(cohort, workers=2)
+    assert len(good) == len(cohort) and not len(bad)
+
+
+def test_near_duplicates_against_brute_force():
+    rng = np.random.default_rng(0)
+    numbers = [int.from_bytes(rng.bytes(32)) for _ in range(120)]
+    for i in range(0, 40, 2):                                            # 20 pairs that differ in 0 to 38 bits
+        numbers[i + 1] = numbers[i]
+        for b in rng.choice(256, i, replace=False): numbers[i + 1] ^= 1 << int(b)
+    hashes = pd.Series([f'{n:064x}' for n in numbers], index=[f'i{k}' for k in range(120)])
+    brute = {(f'i{a}', f'i{b}', (numbers[a] ^ numbers[b]).bit_count()) for a in range(120) for b in range(a + 1, 120) if (numbers[a] ^ numbers[b]).bit_count() <= 20}
+    found = near_duplicates(hashes, 20)
+    assert set(found.itertuples(index=False, name=None)) == brute and len(brute) >= 11
+    assert found.distance.is_monotonic_increasing and (np.diag(hash_distances(hashes)) == 0).all()
+
+
+def test_cohort_and_checks_import_nothing_heavy():
+    code = ("import sys; import strip_notebooks.data.cohort, strip_notebooks.data.checks;"
+            "print([m for m in ('torch', 'matplotlib', 'sklearn', 'imagehash', 'pydicom', 'nibabel', 'cv2') if m in sys.modules])")
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
