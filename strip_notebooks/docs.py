@@ -196,7 +196,9 @@ def readme_cells(
     options = re.compile(r'^#\|.*\n?', flags=re.MULTILINE)
     def plain(cell):
         source = ''.join(cell['source'])
-        return {**cell, 'source': options.sub('', source), 'transient': {'remove_source': '#| echo: false' in source}}
+        if cell['cell_type'] != 'code': return cell
+        outputs = [{**o, 'data': {k: v for k,v in o['data'].items() if k != 'text/html'}} if 'data' in o else o for o in cell['outputs']]
+        return {**cell, 'source': options.sub('', source), 'outputs': outputs, 'metadata': {'transient': {'remove_source': 'echo: false' in source}}}
     return [head] + [plain(c) for c in page['cells'][1:]]
 
 # %% ../nbs/96_docs.ipynb #cc6f2b3e
@@ -210,9 +212,9 @@ def write_readme(
     folder, notebooks = Path(folder or config.config_path), config.nbs_path.name
     page = page_notebook(json.loads((config.nbs_path/'index.ipynb').read_text(encoding='utf-8')))
     described = re.findall(r'^#\|\s*fig-alt:\s*"?(.*?)"?\s*$', '\n'.join(''.join(c['source']) for c in page['cells']), flags=re.MULTILINE)
-    cells = nbformat.from_dict({**page, 'cells': readme_cells(page)})
+    notebook = nbformat.reads(json.dumps({**page, 'cells': readme_cells(page), 'metadata': {'language_info': {'name': 'python'}}}), as_version=4)
     exporter = MarkdownExporter(display_data_priority=['image/png', 'text/markdown', 'text/plain'])
-    text, found = exporter.from_notebook_node(cells, dict(unique_key='index', output_files_dir=f'{notebooks}/images'))
+    text, found = exporter.from_notebook_node(notebook, dict(unique_key='index', output_files_dir=f'{notebooks}/images'))
     pictures = found.get('outputs', {})
     if len(described) != len(pictures): raise StripError(f'index.ipynb has {len(pictures)} pictures and {len(described)} descriptions; give each cell with a picture its `#| fig-alt: "..."`.')
     for (path, png), alt in zip(pictures.items(), described):
