@@ -124,10 +124,11 @@ def train_epoch(
     ema=None,               # Running mean of the weights
 )->float:                   # Mean loss of an image
     "Train one epoch; raises `TrainingError` when the loss is no longer a number"
-    seed_everything(derive_seed(config.seed, 'epoch', epoch))
     training_mode(model)
+    batches = iter(loader)      # starting worker processes draws random numbers, so the seed is set after it
+    seed_everything(derive_seed(config.seed, 'epoch', epoch))
     total,seen,last = torch.zeros((), device=fabric.device),0,len(loader)-1
-    for i,batch in enumerate(loader):
+    for i,batch in enumerate(batches):
         image,target = fabric.to_device((batch['image'], batch['target']))
         image = normalise(image)
         if config.mixup or config.cutmix:
