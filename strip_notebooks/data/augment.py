@@ -107,7 +107,7 @@ class Policy:
         "The picture, changed as the seed says; a `StripError` for floats or another size"
         if image.dtype != np.uint8 or image.shape != (self.size, self.size, 3): raise StripError(f'A policy for ({self.size}, {self.size}, 3) uint8 was given {image.shape} {image.dtype}; augment before normalising.')
         if self.name == 'none': return image
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng((seed, 1))                              # not the numbers that the library draws
         out = self._library(seed)(image=image)['image']
         if rng.random() < self._stain: out = stain_jitter(out, rng)
         if rng.random() < self._artefact: out = (pen_mark, fold, bubble)[rng.integers(3)](out, rng)

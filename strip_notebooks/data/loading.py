@@ -23,7 +23,7 @@ class CohortImages:
         cache:Cache,                # Holds them all
         classes:list[str],          # Class names; a target is a position in this list
         policy:Policy|None=None,    # Augmentation; None for none
-        seed:int=0,                 # With epoch and row, the seed of each augmentation
+        seed:int=0,                 # With epoch, row and repeat, the seed of each augmentation
     ):
         if not len(cohort): raise StripError('A loader was asked for a cohort without images; look at the split.')
         if 'split' in cohort and cohort.split.isna().any(): raise StripError(f'{cohort.split.isna().sum()} images are in no split; split the cohort anew.')
@@ -36,21 +36,21 @@ class CohortImages:
     def __len__(self): return len(self.rows)
 
     def __getitems__(self,
-        items,      # (row, epoch) pairs
+        items,      # (row, epoch, repeat) of each image: repeat counts how often the row came before in this epoch
     ):              # image (B, 3, S, S) uint8 in channels-last order, target (B,), row (B,)
         "One batch"
         import torch
         images = self.cache.images
         batch = np.empty((len(items), *images.shape[1:]), np.uint8)
-        for k,(row,epoch) in enumerate(items):
+        for k,(row,epoch,repeat) in enumerate(items):
             image = images[self.rows[row]]
-            batch[k] = self.policy(np.ascontiguousarray(image), derive_seed(self.seed, 'augment', epoch, int(row))) if self.policy else image
-        at = np.array([row for row,_ in items])
+            batch[k] = self.policy(np.ascontiguousarray(image), derive_seed(self.seed, 'augment', epoch, int(row), repeat)) if self.policy else image
+        at = np.array([row for row,*_ in items])
         return dict(image=torch.from_numpy(batch).permute(0, 3, 1, 2), target=torch.from_numpy(self.targets[at]), row=torch.from_numpy(at))
 
 # %% ../../nbs/16_data.loading.ipynb #5803bf52
 class _Batches:
-    "The (row, epoch) pairs of each batch of an epoch"
+    "The (row, epoch, repeat) items of each batch of an epoch"
     def __init__(self, images, batch_size, train, balance, seed):
         self.images,self.batch_size,self.train,self.balance,self.seed,self.epoch = images,batch_size,train,balance,seed,0
     def __len__(self): return -(-len(self.images)//self.batch_size)
@@ -64,7 +64,9 @@ class _Batches:
         return rng.choice(n, n, p=share/share.sum())
     def __iter__(self):
         order = self.order()
-        for i in range(0, len(order), self.batch_size): yield [(int(r), self.epoch) for r in order[i:i+self.batch_size]]
+        repeat = pd.Series(order).groupby(order).cumcount()
+        items = [(int(r), self.epoch, int(k)) for r,k in zip(order, repeat)]
+        for i in range(0, len(items), self.batch_size): yield items[i:i+self.batch_size]
 
 def _worker(seed):
     "What a worker process does first: one thread, and seeds of its own"
@@ -129,7 +131,7 @@ class _AsUsual:
     def __call__(self, image):
         from torchvision.transforms import functional as F
         self.n += 1
-        return F.to_tensor(self.policy(np.asarray(F.resize(image, [self.policy.size]*2)), derive_seed(0, self.n)))
+        return F.to_tensor(self.policy(np.array(F.resize(image, [self.policy.size]*2)), derive_seed(0, self.n)))
 
 def _seconds(loader):
     "The time of one pass through a loader"
