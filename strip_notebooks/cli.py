@@ -30,7 +30,9 @@ def gather_parameters(
     return given
 
 # %% ../nbs/99_cli.ipynb #ab3b1898
-def run_command(args):
+def run_command(
+    args,   # The parsed words after `clot run`
+)->None:
     "Run or resume one experiment, or list its parameters"
     from strip_notebooks.experiments import experiment_parameters, experiment_path, experiment_paths, resume_experiment, run_experiment
     if args.resume:
@@ -45,7 +47,9 @@ def run_command(args):
     print(f'finished: {run.path}')
 
 # %% ../nbs/99_cli.ipynb #184b0207
-def runs_command(args):
+def runs_command(
+    args,   # The parsed words after `clot runs`
+)->None:
     "List all runs, or compare two training runs by their test predictions"
     from strip_notebooks.core import list_runs
     if not args.compare:
@@ -61,7 +65,9 @@ def runs_command(args):
     print(compare(*tables).to_string())
 
 # %% ../nbs/99_cli.ipynb #ee746d6e
-def demo_command(args):
+def demo_command(
+    args,   # The parsed words after `clot demo`
+)->None:
     "Prepare, train, evaluate and report in a row; print the patient-level table and the path of the report"
     from strip_notebooks.experiments import run_experiment
     def step(n, name, **parameters):

@@ -83,27 +83,26 @@ def _kernel_manager():
     return IPCKernelManager
 
 # %% ../nbs/90_experiments.ipynb #bab0459f
-class _ToRun(logging.Handler):
-    "Sends a notebook's output to the run's log and, where asked, to the terminal"
-    def __init__(self, run, show): super().__init__(); self.run,self.show = run,show
-    def emit(self, record):
-        for line in record.getMessage().rstrip().splitlines():
-            if record.levelno > logging.INFO or not line.startswith(('Executing', 'Ending', 'Input Notebook', 'Output Notebook')):
-                self.run.log(line)
-                if self.show and not line.startswith('<'): print('  ' + line, flush=True)
+class _ToRun:
+    "A file that passes what a notebook prints to the run's log, line by line, and where asked to the terminal"
+    def __init__(self, run, show): self.run,self.show,self.rest = run,show,''
+    def write(self, text):
+        *lines,self.rest = (self.rest + text).split('\n')
+        for line in lines:
+            if not line.strip(): continue
+            self.run.log(line)
+            if self.show: print('  ' + line, flush=True)
+    def flush(self): pass
 
 @contextlib.contextmanager
-def _papermill_log(run, show):
-    "Papermill's log, led into `run` as long as the block lasts; its kernels report progress in lines"
-    logger,handler = logging.getLogger('papermill'),_ToRun(run, show)
-    before = logger.level,logger.propagate,os.environ.get('STRIP_PROGRESS')
-    logger.setLevel(logging.INFO); logger.propagate = False; logger.addHandler(handler)
+def _lines():
+    "Kernels that are started in the block report their progress in lines"
+    before = os.environ.get('STRIP_PROGRESS')
     os.environ['STRIP_PROGRESS'] = 'lines'
     try: yield
     finally:
-        logger.removeHandler(handler); logger.setLevel(before[0]); logger.propagate = before[1]
-        if before[2] is None: del os.environ['STRIP_PROGRESS']
-        else: os.environ['STRIP_PROGRESS'] = before[2]
+        if before is None: del os.environ['STRIP_PROGRESS']
+        else: os.environ['STRIP_PROGRESS'] = before
 
 # %% ../nbs/90_experiments.ipynb #0863f291
 def run_experiment(
@@ -136,9 +135,9 @@ def _execute(path, run, show):
     import papermill
     notebook = run.path/'notebook.ipynb'
     try:
-        with _papermill_log(run, show):
+        with _lines():
             papermill.execute_notebook(str(path), str(notebook), parameters={**run.parameters, 'out': str(run.path.resolve())}, kernel_name='python3',
-                                       log_output=True, progress_bar=False, kernel_manager_class=_kernel_manager())
+                                       stdout_file=_ToRun(run, show), stderr_file=_ToRun(run, show=False), progress_bar=False, kernel_manager_class=_kernel_manager())
     except papermill.PapermillExecutionError as e:
         run.finish(error=f'{e.ename}: {e.evalue}')
         raise ExperimentError(f'{run.name} failed: {e.ename}: {e.evalue} The notebook up to the error is {notebook}.') from None

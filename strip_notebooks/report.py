@@ -107,8 +107,9 @@ def result_section(
     figures = [('roc', 'ROC curve by patient, with a 95 % band.'), ('pr', 'Precision and recall by patient, with a 95 % band.'), ('scores', 'What the model answered, by true class.'),
                ('reliability', 'Reliability: predicted against observed.'), ('confusion', 'Confusion matrix at the operating point.'), ('decision', 'Decision curve: net benefit by threshold.')]
     return html('''<h2 id="results">The results, by patient</h2><p>The positive class is <strong>{{ m.positive }}</strong>. The operating point {{ '%.3f' | format(m.threshold) }} was chosen on the validation part ({{ m.rule }}) and applied to the test part.
-Intervals are 95 %, from {{ m.resamples }} bootstrap resamples of patients within each class.</p>{{ scores }}<div class="grid">{{ figures }}</div><h3>By center</h3>{{ centers }}''',
+Intervals are 95 %, from {{ m.resamples }} bootstrap resamples of patients within each class.</p>{{ scores }}{{ classes }}<div class="grid">{{ figures }}</div><h3>By center</h3>{{ centers }}''',
         m=m, scores=table_html(pd.read_csv(folder/'tables'/'patient_scores.csv', keep_default_na=False, dtype=str), 'The test part, by patient'),
+        classes=table_html(pd.read_csv(folder/'tables'/'classes.csv', keep_default_na=False, dtype=str), 'Each class in its turn'),
         figures=html('{% for f in figures %}{{ f }}{% endfor %}', figures=[figure_html(folder/'figures'/f'{n}.png', c) for n,c in figures]),
         centers=table_html(pd.read_csv(folder/'tables'/'centers.csv', keep_default_na=False, dtype=str), 'A center with fewer than 5 patients of a class gets no estimate'))
 
@@ -130,8 +131,8 @@ h1 { line-height: 1.2; margin-bottom: .2rem } h2 { margin-top: 2.6rem; border-bo
 figure { margin: 1rem 0 } img { max-width: 100%; height: auto } figcaption, caption { color: #57606a; font-size: .9rem; text-align: left; padding: .2rem 0 }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: .5rem 1.5rem; align-items: start }
 .scroll { overflow-x: auto } table { border-collapse: collapse; margin: .8rem 0; font-size: .92rem } th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e4e8ec; vertical-align: top }
-td.number { text-align: right; font-variant-numeric: tabular-nums } ul.audit { list-style: none; padding: 0 } ul.audit li { padding: .3rem 0; border-bottom: 1px solid #e4e8ec }
-.verdict { display: inline-block; min-width: 4.6rem; text-align: center; border-radius: .3rem; font-size: .8rem; margin-right: .6rem; background: #dcefe6; color: #04533a } .warning .verdict { background: #f9dcc8; color: #7a3300 } .error .verdict { background: #1b1f24; color: #fff }
+td.number { text-align: right; font-variant-numeric: tabular-nums } ul.audit { list-style: none; padding: 0 } ul.audit li { display: flex; align-items: baseline; padding: .3rem 0; border-bottom: 1px solid #e4e8ec }
+.verdict { flex: none; width: 4.6rem; text-align: center; border-radius: .3rem; font-size: .8rem; margin-right: .6rem; background: #dcefe6; color: #04533a } .warning .verdict { background: #f9dcc8; color: #7a3300 } .error .verdict { background: #1b1f24; color: #fff }
 footer { color: #57606a; margin: 3rem 0 1rem; font-size: .9rem } @media print { nav { display: none } figure, table { break-inside: avoid } }'''
 
 page_template = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

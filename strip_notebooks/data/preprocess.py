@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['reinhard_reference', 'macenko_stains', 'macenko_concentrations', 'imagenet', 'PreprocessError', 'fit_square',
-           'reinhard', 'macenko', 'equalise', 'Preprocessing', 'fit_normalisation', 'normalise', 'Cache', 'build_cache']
+           'reinhard', 'macenko', 'equalise', 'Preprocessing', 'fit_normalisation', 'normalise', 'Cache', 'build_cache',
+           'contact_sheet']
 
 # %% ../../nbs/14_data.preprocess.ipynb #cb38fdbf
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -238,3 +239,21 @@ def _run_all(jobs, workers):
     if workers <= 1: return [_fill(*j) for j in progress(jobs, 'preprocessing')]
     with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
         return list(progress(pool.map(_fill, *zip(*jobs), chunksize=8), 'preprocessing', total=len(jobs)))
+
+# %% ../../nbs/14_data.preprocess.ipynb #d8564b64
+def contact_sheet(
+    cohort:pd.DataFrame,    # A cohort
+    cache:Cache,            # Its cache
+    each:int=8,             # Images of each class
+    seed:int=0,             # Which images
+):                          # Matplotlib figure
+    "Some images of each class, of different patients, as the model sees them"
+    import matplotlib.pyplot as plt
+    classes = sorted(cohort.label.unique())
+    fig,axes = plt.subplots(len(classes), each, figsize=(1.15*each, 1.25*len(classes)), layout='constrained', squeeze=False)
+    for row,label in zip(axes, classes):
+        one_each = cohort[cohort.label == label].sample(frac=1, random_state=seed).drop_duplicates('patient_id')[:each]
+        for ax in row: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+        for ax,image_id in zip(row, one_each.image_id): ax.imshow(cache.images[cache.rows([image_id])[0]])
+        row[0].set_ylabel(label)
+    return fig

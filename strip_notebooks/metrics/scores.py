@@ -173,7 +173,9 @@ def center_table(
     "The metrics of each center; no estimate, and why, where a class has fewer than `least` patients"
     if 'center_id' not in predictions: raise StripError('The predictions have no center_id; without it there are no rows by center.')
     patients,rows = aggregate_patients(predictions, how),[]
-    for center,group in patients.groupby('center_id'):
+    by_center = dict(list(patients.groupby('center_id')))
+    for center in sorted(by_center, key=lambda c: (not c.isdigit(), int(c) if c.isdigit() else 0, c)):
+        group = by_center[center]
         counts = {c: int((group.label == c).sum()) for c in classes_of(predictions)}
         few = [f'{n} {c}' for c,n in counts.items() if n < least]
         t = None if few else scores(group, threshold=threshold, n_resamples=n_resamples, seed=seed)
