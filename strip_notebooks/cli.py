@@ -56,7 +56,8 @@ def runs_command(
         runs = list_runs(args.runs).fillna('')
         if not len(runs): return print('No runs yet; `clot demo` makes the first.')
         columns = [c for c in ('run', 'state', 'test_auc', 'test_auc_low', 'test_auc_high', 'error') if c in runs and (runs[c] != '').any()]
-        return print(runs[columns].to_string(index=False, float_format='%.3f'))
+        shown = runs[columns].map(lambda v: f'{v:.3f}' if isinstance(v, float) else v)
+        return print(shown.to_string(index=False))
     if len(args.compare) != 2: raise StripError('`clot runs A B` compares two runs; give two names.')
     from strip_notebooks.experiments import find_run
     from strip_notebooks.metrics.compare import compare

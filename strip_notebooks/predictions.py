@@ -96,8 +96,11 @@ def load_predictions(
     path,               # CSV file
 )->pd.DataFrame:        # Predictions; ids are text, so that 000123 stays 000123
     "The predictions in a file, checked; a `PredictionsError` that names the file if there are none"
-    text = {c: str for c in ('image_id', 'patient_id', 'center_id', 'label', 'split')}
-    try: table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values={c: [''] for c in ('fold', 'repeat')}, float_precision='round_trip')
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        numbers = [c for c in table if c.startswith('p_') or c in ('fold', 'repeat', 'n_images')]
+        table = table.assign(**{c: table[c].replace('', 'nan').astype(float) for c in numbers})     # exact to the last bit
+        table = table.assign(**{c: table[c].astype(int) for c in numbers if not c.startswith('p_') and table[c].notna().all()})
     except (OSError, ValueError) as e: raise PredictionsError(f'{path} cannot be read as predictions: {e}') from e
     return check_predictions(table)
 
