@@ -43,7 +43,7 @@ def _band(x, curves_x, curves_y):
 def roc_figure(
     predictions:pd.DataFrame,   # Predictions by image or by patient
     how:str='mean',             # How images become a patient
-    n_resamples:int=1000,       # Resamples of the band
+    n_resamples:int=2000,       # Resamples of the band
     seed:int=0,                 # Which resamples
     positive:str|None=None,     # The positive class
 ):                              # Matplotlib figure
@@ -66,7 +66,7 @@ def roc_figure(
 def pr_figure(
     predictions:pd.DataFrame,   # Predictions by image or by patient
     how:str='mean',             # How images become a patient
-    n_resamples:int=1000,       # Resamples of the band
+    n_resamples:int=2000,       # Resamples of the band
     seed:int=0,                 # Which resamples
     positive:str|None=None,     # The positive class
 ):                              # Matplotlib figure
