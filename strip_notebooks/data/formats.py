@@ -7,7 +7,8 @@ __all__ = ['image_suffixes', 'ImageError', 'Limits', 'is_image_file', 'image_for
            'write_image']
 
 # %% ../../nbs/10_data.formats.ipynb #236ed1e0
-import gzip, warnings, zlib
+import gzip, logging, warnings, zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,10 +47,18 @@ def is_image_file(
 _marks = {b'\x89PNG\r\n\x1a\n': 'png', b'\xff\xd8\xff': 'jpeg', b'BM': 'bmp', b'II*\0': 'tiff', b'MM\0*': 'tiff', b'II+\0': 'tiff', b'MM\0+': 'tiff', b'\x93NUMPY': 'npy'}
 
 def _head(path):
-    "The first 352 bytes of a file, unpacked if it is gzip"
+    "The first 352 bytes of a file, unpacked if it is gzip, and whether it is"
     with open(path, 'rb') as f: head = f.read(352)
-    if head[:2] != b'\x1f\x8b': return head
-    with gzip.open(path) as f: return f.read(352)
+    if head[:2] != b'\x1f\x8b': return head, False
+    with gzip.open(path) as f: return f.read(352), True
+
+def _kind(head, suffix):
+    "The format that these bytes begin, or None"
+    if head[128:132] == b'DICM': return 'dicom'                     # first, as the preamble before it may look like a TIFF
+    for mark,kind in _marks.items():
+        if head.startswith(mark): return kind
+    if head[344:348] in (b'n+1\0', b'n+2\0') or head[4:8] == b'n+2\0': return 'nifti'
+    if suffix == '.dcm' or (head[:2] in (b'\x02\0', b'\x08\0') and head[3:4] == b'\0') or head[:3] == b'\0\x08\0': return 'dicom'
 
 def image_format(
     path,       # A file
@@ -57,13 +66,11 @@ def image_format(
     "What kind of image a file is by its first bytes; an `ImageError` if none"
     path = Path(path)
     _checked_file(path, Limits())
-    try: head = _head(path)
+    try: head,packed = _head(path)
     except (OSError, EOFError, zlib.error) as e: raise ImageError(path, 'damaged', f'it cannot be read ({type(e).__name__}); copy it again from its source.') from None
-    if head[128:132] == b'DICM': return 'dicom'                     # first, as the preamble before it may look like a TIFF
-    for mark,kind in _marks.items():
-        if head.startswith(mark): return kind
-    if head[344:348] in (b'n+1\0', b'n+2\0') or head[4:8] == b'n+2\0': return 'nifti'
-    if path.suffix.lower() == '.dcm' or head[:4] in (b'\x02\0\0\0', b'\x08\0\0\0', b'\x08\0\x05\0', b'\x08\0\x08\0', b'\x08\0\x16\0', b'\0\x08\0\0', b'\0\x08\0\x05', b'\0\x08\0\x16'): return 'dicom'
+    kind = _kind(head, path.suffix.lower())
+    if packed and kind not in (None, 'nifti'): raise ImageError(path, 'unsupported', f'it is a {kind} file packed by gzip; unpack it (gunzip) first.')
+    if kind: return kind
     raise ImageError(path, 'not_an_image', f'its first bytes are of no format that is read here ({", ".join(image_suffixes)}); remove it from the data or convert it.')
 
 def _checked_file(path, limits):
@@ -102,6 +109,12 @@ def _window(a, window):
     low,high = window
     return np.clip((a.astype(np.float32) - low)/(high - low), 0, 1)
 
+def _shown_between(path, a, window):
+    "The array itself, or as `_window` shows it"
+    if not window: return a
+    if a.ndim == 3 and a.shape[-1] in (2, 4): raise ImageError(path, 'choice', 'it has an opacity channel, which a window cannot change; leave window out.')
+    return _window(a, window)
+
 def _bounded(path, pixels, limits):
     "An `ImageError` if more pixels would be decoded than allowed"
     if pixels > limits.pixels: raise ImageError(path, 'too_large', f'{pixels/1e6:,.0f} million pixels are more than the {limits.pixels/1e6:,.0f} million allowed; read a smaller level or tiles of it, or raise Limits.pixels.')
@@ -117,12 +130,17 @@ def _read_raster(path, limits):
     from PIL import Image, ImageOps
     with Image.open(path) as image:
         _bounded(path, image.width*image.height, limits)
-        if image.format == 'PNG' and image.mode in ('RGB', 'RGBA') and path.read_bytes()[24] == 16: return _read_deep_png(path)
+        if image.format == 'PNG' and image.mode in ('RGB', 'RGBA') and _png_bits(path) == 16:
+            image.load()                                            # Pillow raises where the data end too early
+            return _read_deep_png(path)
         image = ImageOps.exif_transpose(image)
         if image.mode == 'P' or (image.mode in ('RGB', 'L') and 'transparency' in image.info): image = image.convert('RGBA' if 'transparency' in image.info else 'RGB')
         elif image.mode in ('CMYK', 'YCbCr', 'LAB', 'HSV', 'PA', 'La', 'RGBa'): image = image.convert('RGBA' if image.mode in ('PA', 'La', 'RGBa') else 'RGB')
         a = np.asarray(image)
         return a.astype(np.uint16) if image.mode.startswith('I') else a
+
+def _png_bits(path):
+    with open(path, 'rb') as f: return f.read(25)[24]
 
 def _read_deep_png(path):
     import cv2
@@ -138,8 +156,11 @@ def _read_tiff(path, frame, limits):
         if not len(f.pages): raise ImageError(path, 'damaged', 'it holds no page; copy it again from its source.')
         page = f.pages[_chosen(path, frame or 0, len(f.pages), 'page')]
         _bounded(path, page.imagelength*page.imagewidth, limits)
-        a,photometric = page.asarray(), page.photometric.name
         if page.imagedepth != 1: raise ImageError(path, 'unsupported', 'a page holds a volume; save its slices as pages.')
+        if page.samplesperpixel > 4: raise ImageError(path, 'unsupported', f'its pixels have {page.samplesperpixel} channels; save the ones to be seen as grey, RGB or RGBA.')
+        if len(page.dataoffsets) < np.prod(page.chunked): raise ImageError(path, 'damaged', f'it lists {len(page.dataoffsets)} of its {np.prod(page.chunked)} strips or tiles; copy it again from its source.')
+        if max(o + n for o,n in zip(page.dataoffsets, page.databytecounts)) > f.filehandle.size: raise ImageError(path, 'damaged', 'it ends before its last strip or tile; copy it again from its source.')
+        a,photometric = page.asarray(), page.photometric.name
         if a.ndim == 3 and page.planarconfig.name == 'SEPARATE': a = np.moveaxis(a, 0, -1)
         if photometric == 'PALETTE': return (np.moveaxis(page.colormap, 0, -1)[a] >> 8).astype(np.uint8)
         if a.dtype.kind == 'u' and a.ndim == 2 and page.bitspersample not in (8, 16, 32): a = (a/(2**page.bitspersample - 1)).astype(np.float32)
@@ -154,7 +175,8 @@ def _cmyk(a):
     return (through[..., :3]*through[..., 3:4]*top + .5).astype(a.dtype)
 
 # %% ../../nbs/10_data.formats.ipynb #7f770df9
-def _read_npy(path, window, limits):
+def _read_npy(path, limits):
+    "An array from a file, without unpickling"
     try: a = np.load(path, mmap_mode='r', allow_pickle=False)
     except ValueError as e:
         if 'allow_pickle' in str(e) or 'object' in str(e).lower(): raise ImageError(path, 'unsupported', 'it holds Python objects, which are never unpickled; save a plain array.') from None
@@ -162,7 +184,7 @@ def _read_npy(path, window, limits):
     if a.ndim < 2: raise ImageError(path, 'unsupported', f'an array of the shape {a.shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
     _bounded(path, a.shape[0]*a.shape[1], limits)
     if a.dtype.kind not in 'uifb': raise ImageError(path, 'unsupported', f'pixels of the type {a.dtype} are no numbers.')
-    return np.array(_window(a, window) if window else a)
+    return np.array(a)
 
 # %% ../../nbs/10_data.formats.ipynb #d5f3586a
 def _dataset(path, limits):
@@ -175,9 +197,21 @@ def _dataset(path, limits):
     while level := [item for d in level for e in d if e.VR == 'SQ' for item in e.value]:
         if (depth := depth + 1) > limits.nesting: raise ImageError(path, 'nested', f'its sequences are nested more than {limits.nesting} deep; such a file is damaged or hostile.')
     if not any(k in ds for k in ('PixelData', 'FloatPixelData', 'DoubleFloatPixelData')):
-        known = 'SOPClassUID' in ds or 'DICM' in str(getattr(ds, 'preamble', b'')) or ds.file_meta
-        raise ImageError(path, 'no_pixels' if known else 'not_an_image', 'it is a DICOM file without an image (a report, a plan, an index); remove it from the data.' if known else 'it is no DICOM file, whatever its name says.')
+        raise _without_pixels(path, ds)
+    if 'TransferSyntaxUID' not in ds.file_meta: ds.file_meta.TransferSyntaxUID = _guessed_syntax(*ds.original_encoding)
     return ds
+
+def _guessed_syntax(implicit, little):
+    "The transfer syntax of a file without a header that names it, from how its elements are written"
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+    return ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+
+def _without_pixels(path, ds):
+    "An `ImageError`: was it cut off, is it a report, or no DICOM at all?"
+    kind = ds.get('SOPClassUID') or ds.file_meta.get('MediaStorageSOPClassUID')
+    if 'Rows' in ds or 'Image Storage' in getattr(kind, 'name', ''): return ImageError(path, 'damaged', 'it says that it is an image and its pixels are missing (cut off, or taken out); copy it again from its source.')
+    if kind or ds.preamble or ds.file_meta: return ImageError(path, 'no_pixels', 'it is a DICOM file without an image (a report, a plan, an index); remove it from the data.')
+    return ImageError(path, 'not_an_image', 'it is no DICOM file, whatever its name says.')
 
 def _bounded_deflate(path, limits):
     "An `ImageError` if a deflated data set would unpack to more than the limits allow"
@@ -195,24 +229,34 @@ def _bounded_deflate(path, limits):
             if stream.eof: return
 
 def _stored_range(ds):
-    "The lowest and highest number that the bits of a grey image can stand for, after rescaling"
+    "The numbers that the lowest and highest bits of a grey image stand for after rescaling; a negative slope turns them round"
     bits = ds.BitsStored
     low,high = (-2**(bits - 1), 2**(bits - 1) - 1) if ds.PixelRepresentation else (0, 2**bits - 1)
     if 'ModalityLUTSequence' in ds: return 0, 2**int(ds.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
     slope,intercept = float(ds.get('RescaleSlope', 1)), float(ds.get('RescaleIntercept', 0))
-    return tuple(sorted((low*slope + intercept, high*slope + intercept)))
+    return low*slope + intercept, high*slope + intercept
 
 # %% ../../nbs/10_data.formats.ipynb #e99401f9
 def _read_dicom(path, frame, window, limits):
-    from pydicom.pixels import pixel_array
     ds = _dataset(path, limits)
     count = int(ds.get('NumberOfFrames', 1) or 1)
     frames = range(count) if frame == 'all' else [_chosen(path, frame or 0, count, 'frame')]
     _bounded(path, int(ds.Rows)*int(ds.Columns)*len(frames), limits)
-    out = [_dicom_picture(path, ds, pixel_array(ds, index=i), i, window) for i in frames]
+    out = [_dicom_picture(path, ds, _stored(ds, i, count), window) for i in frames]
     return out if frame == 'all' else out[0]
 
-def _dicom_picture(path, ds, a, index, window):
+def _stored(ds, index, count):
+    "The stored numbers of one frame; 12-bit JPEG, which the decoders of pydicom leave out, by imagecodecs"
+    from pydicom.encaps import get_frame
+    from pydicom.pixels import pixel_array
+    from pydicom.uid import JPEGExtended12Bit
+    if ds.file_meta.get('TransferSyntaxUID') != JPEGExtended12Bit or ds.BitsStored <= 8: return pixel_array(ds, index=index)
+    from imagecodecs import jpeg_decode
+    a = jpeg_decode(get_frame(ds.PixelData, index, number_of_frames=count))
+    if a.shape[:2] != (ds.Rows, ds.Columns): raise ValueError('another size than the header says')
+    return a
+
+def _dicom_picture(path, ds, a, window):
     "The stored numbers of one frame as colours or grey, as the sender meant them to be seen"
     from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
     if ds.PhotometricInterpretation == 'PALETTE COLOR':
@@ -220,7 +264,7 @@ def _dicom_picture(path, ds, a, index, window):
         return (a >> 8).astype(np.uint8) if a.dtype.itemsize > 1 else a
     if ds.SamplesPerPixel > 1: return a if ds.BitsStored in (8, 16) else (a/(2**ds.BitsStored - 1)).astype(np.float32)
     if a.dtype.kind == 'f' and not window: raise ImageError(path, 'range', 'it holds floating-point numbers without a stated range; give window=(low, high).')
-    plain = not window and 'WindowCenter' not in ds and 'VOILUTSequence' not in ds and 'ModalityLUTSequence' not in ds and ds.BitsStored == 8 and not ds.PixelRepresentation
+    plain = not window and 'WindowCenter' not in ds and 'VOILUTSequence' not in ds and 'ModalityLUTSequence' not in ds and ds.BitsStored == 8 and not ds.PixelRepresentation and float(ds.get('RescaleSlope', 1)) > 0
     if plain: grey = a.astype(np.uint8)
     else: grey = _shown(ds, apply_modality_lut(a, ds), window, apply_voi_lut)
     if ds.PhotometricInterpretation != 'MONOCHROME1': return grey
@@ -230,12 +274,14 @@ def _shown(ds, a, window, apply_voi_lut):
     "Rescaled numbers as float32 from 0 to 1: by the given window, the file's window or look-up, or the range of its bits"
     if window: return _window(a, window)
     if 'VOILUTSequence' in ds: return _window(apply_voi_lut(a, ds), (0, 2**int(ds.VOILUTSequence[0].LUTDescriptor[2]) - 1))
-    return _window(apply_voi_lut(a, ds) if 'WindowCenter' in ds else a, _stored_range(ds))
+    if 'WindowCenter' in ds: return _window(apply_voi_lut(a, ds), _stored_range(ds))    # pydicom spreads the window over this range, from black to white
+    return _window(a, sorted(_stored_range(ds)))
 
 # %% ../../nbs/10_data.formats.ipynb #c97932dc
 def _read_nifti(path, frame, slice_, window, limits):
     import nibabel
     volume = nibabel.load(_nifti_name(path))
+    if not hasattr(volume, 'slicer') or len(volume.shape) < 2: raise ImageError(path, 'unsupported', 'it holds no volume (a matrix of connectivity, say); remove it from the data.')
     shape = volume.shape + (1,)*(4 - len(volume.shape))
     if len(volume.shape) > 4 and max(volume.shape[4:]) > 1: raise ImageError(path, 'unsupported', f'a volume of the shape {volume.shape} has more than four dimensions.')
     _bounded(path, int(np.prod(shape[:3], dtype=np.int64)), limits)
@@ -243,9 +289,9 @@ def _read_nifti(path, frame, slice_, window, limits):
     canonical = nibabel.as_closest_canonical(volume.slicer[..., t, *(0,)*(len(volume.shape) - 4)] if len(volume.shape) > 3 else volume)
     a = np.asanyarray(canonical.dataobj)
     if a.ndim < 3: a = a.reshape(a.shape + (1,)*(3 - a.ndim))
+    if a.dtype.kind == 'c': raise ImageError(path, 'unsupported', 'it holds complex numbers; save their size or phase.')
     if a.dtype.names: a = np.stack([a[n] for n in a.dtype.names], -1)
-    elif window: a = _window(a, window)
-    elif a.dtype != np.uint8: a = _window(a, _nifti_window(path, canonical.header, a))
+    elif window or a.dtype != np.uint8: a = np.nan_to_num(_window(a, window or _nifti_window(path, canonical.header, a)), nan=0)  # NaN: outside of what was scanned
     z = _slice_index(path, a, slice_)
     return np.rot90(a[:, :, z])
 
@@ -281,16 +327,26 @@ def read_image(
     if window is not None and not window[0] < window[1]: raise ImageError(path, 'choice', f'window={window!r} must be (low, high) with low below high.')
     kind = image_format(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            if kind == 'tiff': a = _read_tiff(path, frame, limits)
-            elif kind == 'npy': a = _read_npy(path, window, limits)
-            elif kind == 'dicom': a = _read_dicom(path, frame, window, limits)
+        with _quiet():
+            if kind == 'dicom': a = _read_dicom(path, frame, window, limits)
             elif kind == 'nifti': a = _read_nifti(path, frame, slice_, window, limits)
-            else: a = _read_raster(path, limits)
+            elif kind == 'tiff': a = _shown_between(path, _read_tiff(path, frame, limits), window)
+            else: a = _shown_between(path, _read_npy(path, limits) if kind == 'npy' else _read_raster(path, limits), window)
             return np.stack([_three_channels(path, x) for x in a]) if isinstance(a, list) else _three_channels(path, a)
     except ImageError: raise
     except Exception as e: raise _as_image_error(path, e) from None
+
+@contextmanager
+def _quiet():
+    "No warnings and no log lines of the libraries: what is wrong is told by an `ImageError`, and they may quote what stands in a file"
+    loggers = [l for n in ('pydicom', 'nibabel.global', 'tifffile', 'PIL') if not (l := logging.getLogger(n)).disabled]
+    nowhere = logging.NullHandler()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for l in loggers: l.disabled,l.propagate = True, False; l.addHandler(nowhere)  # and nothing from the loggers below goes further up
+        try: yield
+        finally:
+            for l in loggers: l.disabled,l.propagate = False, True; l.removeHandler(nowhere)
 
 def _as_image_error(path, error):
     "What a library raised, as an `ImageError` without the library's words"
@@ -314,8 +370,7 @@ def image_size(
     path = Path(path)
     kind = image_format(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
+        with _quiet():
             if kind in ('png', 'jpeg', 'bmp'):
                 from PIL import Image
                 with Image.open(path) as image: return image.size[::-1] if image.getexif().get(274, 1) < 5 else image.size
