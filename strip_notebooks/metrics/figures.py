@@ -137,11 +137,12 @@ def score_figure(
     "Each patient's answer by true class: a point a patient, the box for the middle half"
     y,p,positive,fig,ax = _setup(predictions, how, positive)
     patients = aggregate_patients(predictions, how) if 'image_id' in predictions else predictions
+    import seaborn as sns
     rng,classes = np.random.default_rng(seed), classes_of(predictions)
+    sns.boxplot(x=patients.label.astype(str), y=p, order=classes, width=.5, fliersize=0, color='w', linecolor='.4', linewidth=1, ax=ax)
     for k,(c,color) in enumerate(class_colors(classes).items()):
         v = p[(patients.label == c).to_numpy()]
-        if len(v): ax.boxplot(v, positions=[k], widths=.5, showfliers=False, medianprops=dict(color='k'), boxprops=dict(color='.4'), whiskerprops=dict(color='.4'), capprops=dict(color='.4'))
-        ax.scatter(k + rng.uniform(-.18, .18, len(v)), v, s=12, alpha=.6, color=color, lw=0)
+        ax.scatter(k + rng.uniform(-.18, .18, len(v)), v, s=12, alpha=.6, color=color, lw=0, zorder=3)
     if threshold is not None: ax.axhline(threshold, color='k', ls='--', lw=1); ax.text(len(classes) - .25, threshold + .01, 'operating point', fontsize=7, ha='right')
     ax.set(xticks=range(len(classes)), xticklabels=[f'{c} ({(patients.label == c).sum()})' for c in classes], xlim=(-.6, len(classes) - .2), ylim=(-.02, 1.02), xlabel='true class (patients)', ylabel=f'answered probability of {positive}')
     return fig
