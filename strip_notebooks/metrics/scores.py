@@ -119,7 +119,7 @@ def _arrays(predictions, level, how, positive):
         return y, p, np.arange(len(y)), y
     if level != 'image': raise StripError(f'level={level!r} is unknown{nearest(level, ["patient", "image"])}')
     predictions = check_predictions(predictions)
-    who,_ = pd.factorize(predictions.patient_id)
+    who,_ = pd.factorize(predictions.patient_id, sort=True)                    # by id, so that the order of the rows changes no resample
     y = (predictions.label == positive).to_numpy(int)
     return y, predictions['p_' + positive].to_numpy(float), who, y[np.unique(who, return_index=True)[1]]
 

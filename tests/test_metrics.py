@@ -1,0 +1,190 @@
+"From a table of predictions to a verdict: what crosses the notebooks of the metrics, and scikit-learn as the judge of every number"
+import warnings
+
+import matplotlib
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from strip_notebooks.core import StripError
+from strip_notebooks.metrics import figures
+from strip_notebooks.metrics.compare import compare
+from strip_notebooks.metrics.operating import choose_threshold
+from strip_notebooks.metrics.scores import center_table, class_table, metric_names, metric_values, scikit_learn_values, scores
+from strip_notebooks.predictions import aggregate_patients, load_predictions, make_predictions, save_predictions
+from strip_notebooks.statistics import bootstrap_weights
+
+FIGURES = [f for n in figures.__all__ if n != 'picture_figure' for f in [getattr(figures, n)]]
+
+
+def answers(n, strength, seed=0, prevalence=.27):
+    "Truth and probabilities of `n` patients, some of them equal"
+    rng = np.random.default_rng(seed)
+    y = (rng.random(n) < prevalence).astype(int)
+    return y, np.round(1/(1 + np.exp(-(strength*(y - .5) + rng.normal(0, 1, n)))), 3)
+
+
+def predictions(n=90, strength=1.5, seed=0, split='test', ids='p{}', images=3):
+    "A table by image: `n` patients with 1 to `images` images at three centers"
+    rng = np.random.default_rng(seed)
+    y,p = answers(n, strength, seed)
+    who = np.repeat(np.arange(n), rng.integers(1, images + 1, n))
+    cohort = pd.DataFrame(dict(image_id=[f'{i:05d}' for i in range(len(who))], patient_id=[ids.format(i) for i in who], label=np.where(y[who], 'LAA', 'CE'),
+                               center_id=[f'{i % 3:02d}' for i in who], split=split))
+    q = np.clip(p[who] + rng.normal(0, .05, len(who)), .001, .999)
+    return make_predictions(cohort, np.stack([1 - q, q], 1), ['CE', 'LAA'])
+
+
+# --- the numbers ---
+
+@pytest.mark.parametrize('threshold', [.5, .3])
+def test_every_metric_of_every_resample_is_that_of_scikit_learn(threshold):
+    y,p = answers(632, 1.2)
+    assert len(np.unique(p)) < 632                                          # there are ties
+    weights = bootstrap_weights(y, 24, seed=3)
+    fast,slow = metric_values(y, p, threshold, .27, weights), scikit_learn_values(y, p, threshold, .27, weights)
+    assert list(fast) == list(slow) == metric_names
+    for n in metric_names: np.testing.assert_allclose(fast[n], slow[n], rtol=0, atol=1e-12, err_msg=n)
+
+
+def test_a_resample_is_the_same_as_its_rows_repeated():
+    y,p = answers(60, 1, 2)
+    weights = bootstrap_weights(y, 20, 1)
+    drawn = metric_values(y, p, .4, .3, weights)
+    for i,w in enumerate(weights.astype(int)):
+        alone = metric_values(np.repeat(y, w), np.repeat(p, w), .4, .3)
+        for n in metric_names: np.testing.assert_allclose(drawn[n][i], alone[n][0], atol=1e-12, err_msg=n)
+    assert (weights[:, y == 1].sum(1) == y.sum()).all() and (weights.sum(1) == 60).all()
+
+
+def test_intervals_are_the_quantiles_of_a_plain_loop_over_patients():
+    "By image: all images of a patient are drawn together"
+    from sklearn.metrics import roc_auc_score
+    table = predictions(40, seed=4)
+    got = scores(table, level='image', n_resamples=60, seed=9).loc['roc_auc']
+    groups = [g for _,g in table.groupby('patient_id')]                     # patients by id
+    weights = bootstrap_weights(np.array([g.label.iloc[0] == 'LAA' for g in groups]).astype(int), 60, 9).astype(int)
+    drawn = []
+    for w in weights:
+        t = pd.concat([g for g,k in zip(groups, w) for _ in range(k)])
+        drawn.append(roc_auc_score(t.label == 'LAA', t.p_LAA))
+    np.testing.assert_allclose([got.low, got.high], np.quantile(drawn, [.025, .975]), atol=1e-12)
+    np.testing.assert_allclose(got.value, roc_auc_score(table.label == 'LAA', table.p_LAA), atol=1e-12)
+
+
+@pytest.mark.parametrize('level', ['patient', 'image'])
+def test_the_order_of_rows_changes_nothing(level):
+    table = predictions(50, seed=5)
+    a,b = (scores(t, level=level, n_resamples=80, train_prior=.27) for t in (table, table.sample(frac=1, random_state=1)))
+    pd.testing.assert_frame_equal(a, b, rtol=1e-12)
+
+
+def test_the_other_class_as_positive_mirrors_the_table():
+    table = predictions(80, seed=6)
+    a,b = scores(table, n_resamples=50), scores(table, n_resamples=50, positive='CE')
+    for one,other in (('roc_auc', 'roc_auc'), ('sensitivity', 'specificity'), ('ppv', 'npv'), ('mcc', 'mcc'), ('accuracy', 'accuracy'), ('brier', 'brier'), ('weighted_log_loss', 'weighted_log_loss')):
+        np.testing.assert_allclose(a.value[one], b.value[other], atol=1e-12, err_msg=one)
+    assert b.attrs['positive'] == 'CE' and a.attrs['n_positive'] + b.attrs['n_positive'] == 80
+
+
+# --- the way from predictions to a verdict ---
+
+def test_from_predictions_to_a_verdict(tmp_path):
+    ids = '00{}e5'                                                          # looks like a number
+    validation,test,worse = predictions(120, 2, 1, 'val', ids), predictions(150, 2, 2, 'test', ids), predictions(150, 2, 2, 'test', ids)
+    noise = np.random.default_rng(0).permutation(len(worse))
+    worse[['p_CE', 'p_LAA']] = worse[['p_CE', 'p_LAA']].to_numpy()[noise]   # answers that know nothing
+    for n,t in dict(validation=validation, test=test, worse=worse).items(): save_predictions(tmp_path/f'{n}.csv', t)
+    back = {n: load_predictions(tmp_path/f'{n}.csv') for n in ('validation', 'test', 'worse')}
+    pd.testing.assert_frame_equal(back['test'], test)
+    assert back['test'].patient_id[0] == '000e5' and back['test'].center_id[0] == '00'
+
+    threshold = choose_threshold(back['validation'])
+    with pytest.raises(StripError, match='test patients'): choose_threshold(back['test'])
+    table = scores(back['test'], threshold=threshold, train_prior=.27, n_resamples=400)
+    assert (table.low <= table.value).all() and (table.value <= table.high).all() and table.attrs['patients'] == 150
+    patients = aggregate_patients(back['test'])
+    pd.testing.assert_frame_equal(scores(patients, threshold=threshold, train_prior=.27, n_resamples=400), table)
+
+    verdicts = compare(back['test'], back['worse'], (threshold, .5), n_resamples=400)
+    assert verdicts.verdict['roc_auc'] == verdicts.verdict['weighted_log_loss'] == 'first is better' and verdicts.attrs['delong_p'] < .001
+    turned = compare(back['worse'], back['test'], (.5, threshold), n_resamples=400)
+    np.testing.assert_allclose(turned.difference, -verdicts.difference, atol=1e-12)
+    np.testing.assert_allclose(turned.low, -verdicts.high, atol=1e-12)
+    assert turned.verdict['roc_auc'] == 'second is better'
+    np.testing.assert_allclose(verdicts['first'], table.value[verdicts.index], atol=1e-12)
+    same = compare(back['test'], back['test'].sample(frac=1, random_state=0), n_resamples=100)
+    assert set(same.verdict) == {'not distinguishable'} and np.allclose(same.difference, 0, atol=1e-12)
+
+    centers = center_table(back['test'], n_resamples=100)
+    assert centers.patients.sum() == 150 and list(centers.center) == ['00', '01', '02']
+    classes = class_table(back['test'], n_resamples=100).set_index('class')
+    assert classes.patients.sum() == 150
+    half = scores(back['test'], n_resamples=100)
+    np.testing.assert_allclose([classes.found['LAA'].value, classes.found['CE'].value], half.value[['sensitivity', 'specificity']], atol=1e-12)
+
+
+def test_figures_show_the_numbers_of_the_table():
+    table = predictions(100, seed=7)
+    found = scores(table, n_resamples=200)
+    text = {}
+    for draw in FIGURES:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', RuntimeWarning); warnings.simplefilter('error', UserWarning)
+            fig = draw(table, **({'n_resamples': 200} if 'n_resamples' in draw.__code__.co_varnames else {}))
+            fig.canvas.draw()
+        ax = fig.axes[0]
+        text[draw.__name__] = ' '.join([ax.get_title(), ax.get_xlabel(), ax.get_ylabel(), *(t.get_text() for t in ax.texts), *(t.get_text() for t in (ax.get_legend().get_texts() if ax.get_legend() else []))])
+        assert ax.get_xlabel() and ax.get_ylabel() and ('100' in text[draw.__name__] or 'patients' in text[draw.__name__])
+        plt.close(fig)
+    value,low,high = found.loc['roc_auc', ['value', 'low', 'high']]
+    assert f'{value:.2f} ({low:.2f} to {high:.2f})' in text['roc_figure']
+    value,low,high = found.loc['pr_auc', ['value', 'low', 'high']]
+    assert f'{value:.2f} ({low:.2f} to {high:.2f})' in text['pr_figure']
+    assert f'{found.value["sensitivity"]:.0%}' in text['confusion_figure'] and f'{found.value["specificity"]:.0%}' in text['confusion_figure']
+
+
+# --- where there is little to say ---
+
+def test_one_class_is_said_and_not_guessed():
+    table = predictions(30, seed=8)
+    table = table[table.label == 'CE']
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', RuntimeWarning); warnings.simplefilter('error', UserWarning)
+        found = scores(table, n_resamples=50)
+        assert found.loc[['roc_auc', 'pr_auc', 'sensitivity'], 'value'].isna().all() and found.note['roc_auc'] == 'only one class is present'
+        assert found.value['specificity'] == found.value['accuracy']
+        for draw in FIGURES: plt.close(draw(table))
+
+
+def test_a_few_patients_of_each_class():
+    table = predictions(6, seed=11)
+    assert set(table.label) == {'CE', 'LAA'}
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', RuntimeWarning); warnings.simplefilter('error', UserWarning)
+        found = scores(table, n_resamples=50)
+        assert 0 <= found.value['roc_auc'] <= 1
+        assert center_table(table, n_resamples=50).roc_auc.map(lambda e: np.isnan(e.value)).all()      # refused, with the reason
+        for draw in FIGURES: plt.close(draw(table))
+
+
+def test_patients_that_differ_are_not_compared():
+    table = predictions(30, seed=9)
+    with pytest.raises(StripError, match='same patients'): compare(table, table[table.patient_id != 'p0'])
+    other = table.copy(); other['label'] = np.where(other.patient_id == 'p0', np.where(other.label == 'CE', 'LAA', 'CE'), other.label)
+    with pytest.raises(StripError, match='another label'): compare(table, other)
+    with pytest.raises(StripError, match='classes'): compare(table, table.rename(columns=dict(p_CE='p_XX')).replace(dict(label=dict(CE='XX'))))
+
+
+def test_three_classes_are_scored_one_against_the_others():
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet([1, 1, 1], 90)
+    cohort = pd.DataFrame(dict(image_id=[f'i{i}' for i in range(90)], patient_id=[f'p{i}' for i in range(90)], label=np.array(['CE', 'LAA', 'Other'])[p.argmax(1)]))
+    table = make_predictions(cohort, p, ['CE', 'LAA', 'Other'])
+    from sklearn.metrics import roc_auc_score
+    for c in ('CE', 'LAA', 'Other'): np.testing.assert_allclose(scores(table, positive=c, n_resamples=20).value['roc_auc'], roc_auc_score(table.label == c, table['p_' + c]), atol=1e-12)
+    assert class_table(table, n_resamples=20).patients.sum() == 90
+    assert compare(table, table, n_resamples=20).verdict['roc_auc'] == 'not distinguishable'
+    for draw in FIGURES: plt.close(draw(table))
