@@ -19,7 +19,9 @@ class Estimate(NamedTuple):
     value:float # The estimate
     low:float   # Lower end of the interval
     high:float  # Upper end of the interval
-    def __str__(self): return 'no estimate' if self.value != self.value else f'{self.value:.2f} ({self.low:.2f} to {self.high:.2f})'
+    def __str__(self):
+        if np.isnan(self.value): return 'no estimate'
+        return f'{self.value:.2f} (no interval)' if np.isnan(self.low) else f'{self.value:.2f} ({self.low:.2f} to {self.high:.2f})'
 
 # %% ../nbs/02_statistics.ipynb #d7d8ebe2
 def _checked(y, *ps):
@@ -97,9 +99,9 @@ def interval(
 )->Estimate:        # No ends if fewer than half of the resamples have a value
     "The percentile interval of a metric's resamples (Efron 1979); resamples without a value are left out"
     values = np.asarray(values, float)
-    values = values[~np.isnan(values)]
-    if value != value or not len(values): return Estimate(value, float('nan'), float('nan'))
-    return Estimate(float(value), *map(float, np.quantile(values, [(1 - level)/2, (1 + level)/2])))
+    found = values[~np.isnan(values)]
+    if value != value or not len(found) or len(found) < len(values)/2: return Estimate(float(value), float('nan'), float('nan'))
+    return Estimate(float(value), *map(float, np.quantile(found, [(1 - level)/2, (1 + level)/2])))
 
 def bootstrap_interval(
     metric,                 # Such as `auc`: takes y, p and weights
