@@ -7,7 +7,7 @@ __all__ = ['image_suffixes', 'ImageError', 'Limits', 'is_image_file', 'image_for
            'write_image']
 
 # %% ../../nbs/10_data.formats.ipynb #236ed1e0
-import gzip, logging, warnings, zlib
+import gzip, logging, math, re, struct, warnings, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,10 @@ def image_format(
     "What kind of image a file is by its first bytes; an `ImageError` if none"
     path = Path(path)
     _checked_file(path, Limits())
+    return _format(path)
+
+def _format(path):
+    "The format of a file whose size has been looked at"
     try: head,packed = _head(path)
     except (OSError, EOFError, zlib.error) as e: raise ImageError(path, 'damaged', f'it cannot be read ({type(e).__name__}); copy it again from its source.') from None
     kind = _kind(head, path.suffix.lower())
@@ -105,9 +109,16 @@ def _on_white(a):
     return (out + .5).astype(np.uint8) if top == 255 else out.astype(np.float32)
 
 def _window(a, window):
-    "Numbers as float32 from 0 (at or below `low`) to 1 (at or above `high`)"
+    "Numbers as float32 from 0 (at or below `low`) to 1 (at or above `high`); those that do not exist (NaN) stay so"
     low,high = window
     return np.clip((a.astype(np.float32) - low)/(high - low), 0, 1)
+
+def _checked_window(path, window):
+    "An `ImageError` unless `window` is None or two finite numbers in order"
+    if window is None: return
+    try: good = len(window) == 2 and math.isfinite(window[0]) and math.isfinite(window[1]) and window[0] < window[1]
+    except TypeError: good = False
+    if not good: raise ImageError(path, 'choice', f'window={window!r} must be (low, high) with low below high.')
 
 def _shown_between(path, a, window):
     "The array itself, or as `_window` shows it"
@@ -128,8 +139,9 @@ def _chosen(path, index, count, what):
 def _read_raster(path, limits):
     "Pixels of a PNG, JPEG or BMP"
     from PIL import Image, ImageOps
-    with Image.open(path) as image:
+    with Image.open(path, formats=('PNG', 'JPEG', 'BMP')) as image:
         _bounded(path, image.width*image.height, limits)
+        if (a := _read_plain(path, image)) is not None: return a
         if image.format == 'PNG' and image.mode in ('RGB', 'RGBA') and _png_bits(path) == 16:
             image.load()                                            # Pillow raises where the data end too early
             return _read_deep_png(path)
@@ -138,6 +150,20 @@ def _read_raster(path, limits):
         elif image.mode in ('CMYK', 'YCbCr', 'LAB', 'HSV', 'PA', 'La', 'RGBa'): image = image.convert('RGBA' if image.mode in ('PA', 'La', 'RGBa') else 'RGB')
         a = np.asarray(image)
         return a.astype(np.uint16) if image.mode.startswith('I') else a
+
+def _read_plain(path, image):
+    "Pixels of a grey or RGB picture of 8 bits that lies the right way round, else None"
+    import imagecodecs
+    if image.mode not in ('L', 'RGB') or 'transparency' in image.info: return
+    data = path.read_bytes()
+    if _orientation(image, data) != 1: return
+    if image.format == 'PNG' and data[24] == 8: return imagecodecs.png_decode(data)
+    if image.format == 'JPEG' and data.rfind(b'\xff\xd9') > data.rfind(b'\xff\xda'): return imagecodecs.jpeg8_decode(data)  # the last scan has its end
+
+def _orientation(image, data):
+    "How the picture was held, 1 to 8; Pillow would decode a whole PNG to look for it"
+    if image.format == 'PNG' and b'eXIf' not in data and b'Raw profile type' not in data: return 1
+    return image.getexif().get(274, 1)
 
 def _png_bits(path):
     with open(path, 'rb') as f: return f.read(25)[24]
@@ -160,19 +186,69 @@ def _read_tiff(path, frame, limits):
         if page.samplesperpixel > 4: raise ImageError(path, 'unsupported', f'its pixels have {page.samplesperpixel} channels; save the ones to be seen as grey, RGB or RGBA.')
         if len(page.dataoffsets) < np.prod(page.chunked): raise ImageError(path, 'damaged', f'it lists {len(page.dataoffsets)} of its {np.prod(page.chunked)} strips or tiles; copy it again from its source.')
         if max(o + n for o,n in zip(page.dataoffsets, page.databytecounts)) > f.filehandle.size: raise ImageError(path, 'damaged', 'it ends before its last strip or tile; copy it again from its source.')
-        a,photometric = page.asarray(), page.photometric.name
-        if a.ndim == 3 and page.planarconfig.name == 'SEPARATE': a = np.moveaxis(a, 0, -1)
-        if photometric == 'PALETTE': return (np.moveaxis(page.colormap, 0, -1)[a] >> 8).astype(np.uint8)
-        if a.dtype.kind == 'u' and a.ndim == 2 and page.bitspersample not in (8, 16, 32): a = (a/(2**page.bitspersample - 1)).astype(np.float32)
-        if photometric == 'MINISWHITE': a = ~a if a.dtype == bool else 1 - a if a.dtype.kind == 'f' else np.iinfo(a.dtype).max - a
-        if photometric == 'SEPARATED': a = _cmyk(a)
-        return a
+        photometric = page.photometric.name
+        if photometric not in ('MINISWHITE', 'MINISBLACK', 'RGB', 'PALETTE', 'SEPARATED', 'YCBCR'): raise ImageError(path, 'unsupported', f'its colours are stored as {photometric}; save it as RGB.')
+        _bounded_segments(path, page, limits)
+        return _turned(_tiff_colors(page, page.asarray(), photometric), page.tags.valueof(274, 1))
+
+def _tiff_colors(page, a, photometric):
+    "The numbers of a page as grey or colours, in their own range"
+    if a.ndim == 3 and page.planarconfig.name == 'SEPARATE': a = np.moveaxis(a, 0, -1)
+    if photometric == 'PALETTE': return (np.moveaxis(page.colormap, 0, -1)[a] >> 8).astype(np.uint8)
+    if a.dtype.kind == 'u' and page.bitspersample not in (8, 16, 32): a = (a/(2**page.bitspersample - 1)).astype(np.float32)
+    if photometric == 'MINISWHITE': a = ~a if a.dtype == bool else 1 - a if a.dtype.kind == 'f' else np.iinfo(a.dtype).max - a
+    if photometric == 'SEPARATED': a = _cmyk(a)
+    if photometric == 'YCBCR' and page.compression not in _jpeg_in_tiff: a = _rgb_of_ycbcr(a)
+    if page.extrasamples and page.extrasamples[0] == 1 and a.dtype == np.uint8: return _premultiplied_on_white(a)
+    return a
+
+def _rgb_of_ycbcr(a):
+    "RGB of luma and colour differences, by ITU-R BT.601, uint8 as in Pillow"
+    from PIL import Image
+    return np.asarray(Image.fromarray(a, 'YCbCr').convert('RGB'))
+
+def _premultiplied_on_white(a):
+    "Colours on white that have been weighted by their opacity already (TIFF's associated alpha)"
+    return np.minimum(a[..., :-1].astype(np.uint16) + (255 - a[..., -1:]), 255).astype(np.uint8)
+
+def _turned(a, orientation):
+    "An array as EXIF orientation 1 to 8 wants it seen"
+    if orientation in (5, 6, 7, 8): a = a.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7): a = a[:, ::-1]
+    if orientation in (3, 4, 7, 8): a = a[::-1]
+    return a
 
 def _cmyk(a):
     "Inks as colours, by the plain formula: what the ink and the black let through"
     top = np.iinfo(a.dtype).max
     through = 1 - a.astype(np.float32)/top
     return (through[..., :3]*through[..., 3:4]*top + .5).astype(a.dtype)
+
+# %% ../../nbs/10_data.formats.ipynb #36c9628f
+_jpeg_in_tiff = (6, 7, 33007, 34892)
+_jpeg2000_in_tiff = (33003, 33004, 33005, 34712)
+_packed_in_tiff = (1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000)     # none, CCITT, LZW, deflate, PackBits, LZMA, Zstandard
+
+def _stream_size(data):
+    "Height and width that a JPEG, JPEG-LS or JPEG 2000 stream states; None if it has no head"
+    heads = [struct.unpack('>4I', data[m.end() + 4:m.end() + 20]) for m in re.finditer(rb'\xff\x4f\xff\x51', data)] if data[:2] != b'\xff\xd8' else []
+    if heads: return max(y - top for _,y,_,top in heads), max(x - left for x,_,left,_ in heads)     # the largest, should one be there to deceive
+    i = 2
+    while data[:2] == b'\xff\xd8' and i + 9 <= len(data) and data[i] == 0xff:
+        mark = data[i+1]
+        if mark == 0xf7 or 0xc0 <= mark <= 0xcf and mark not in (0xc4, 0xc8, 0xcc): return struct.unpack('>HH', data[i+5:i+9])
+        i += 1 if mark == 0xff else 2 if 0xd0 <= mark <= 0xd7 or mark == 1 else 2 + int.from_bytes(data[i+2:i+4], 'big')
+
+def _bounded_segments(path, page, limits):
+    "An `ImageError` if a strip or tile of a page would unpack to more than its place in the picture"
+    rows,columns = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, page.imagelength), page.imagewidth)
+    _bounded(path, rows*columns, limits)
+    if page.compression in _packed_in_tiff: return
+    if page.compression not in _jpeg_in_tiff + _jpeg2000_in_tiff: raise ImageError(path, 'unsupported', f'its coding ({page.compression.name}) is not read here; save it with LZW, deflate or JPEG.')
+    for data,_ in page.parent.filehandle.read_segments(page.dataoffsets, page.databytecounts):
+        if not data: continue                                                # a tile left out is background
+        height,width = _stream_size(data) or (math.inf, math.inf)
+        if height > rows + 15 or width > columns + 15: raise ImageError(path, 'damaged', f'a tile of {columns} x {rows} pixels holds a stream of {width} x {height} or none; such a file is damaged or hostile.')
 
 # %% ../../nbs/10_data.formats.ipynb #7f770df9
 def _read_npy(path, limits):
@@ -181,7 +257,7 @@ def _read_npy(path, limits):
     except ValueError as e:
         if 'allow_pickle' in str(e) or 'object' in str(e).lower(): raise ImageError(path, 'unsupported', 'it holds Python objects, which are never unpickled; save a plain array.') from None
         raise
-    if a.ndim < 2: raise ImageError(path, 'unsupported', f'an array of the shape {a.shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
+    if a.ndim not in (2, 3) or a.ndim == 3 and a.shape[-1] > 4: raise ImageError(path, 'unsupported', f'an array of the shape {a.shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
     _bounded(path, a.shape[0]*a.shape[1], limits)
     if a.dtype.kind not in 'uifb': raise ImageError(path, 'unsupported', f'pixels of the type {a.dtype} are no numbers.')
     return np.array(a)
@@ -194,12 +270,22 @@ def _dataset(path, limits):
     try: ds = pydicom.dcmread(path, force=True)
     except RecursionError: raise ImageError(path, 'nested', f'its sequences are nested more than {limits.nesting} deep; such a file is damaged or hostile.') from None
     level,depth = [ds],0
-    while level := [item for d in level for e in d if e.VR == 'SQ' for item in e.value]:
+    while level := [item for d in level for item in _sequence_items(d)]:
         if (depth := depth + 1) > limits.nesting: raise ImageError(path, 'nested', f'its sequences are nested more than {limits.nesting} deep; such a file is damaged or hostile.')
     if not any(k in ds for k in ('PixelData', 'FloatPixelData', 'DoubleFloatPixelData')):
         raise _without_pixels(path, ds)
+    for k in ('RescaleSlope', 'RescaleIntercept', 'WindowCenter', 'WindowWidth', 'VOILUTSequence', 'ModalityLUTSequence'):
+        if k in ds and ds[k].is_empty: del ds[k]                     # named and left blank: as if not named
     if 'TransferSyntaxUID' not in ds.file_meta: ds.file_meta.TransferSyntaxUID = _guessed_syntax(*ds.original_encoding)
     return ds
+
+def _sequence_items(ds):
+    "The data sets in the sequences of a data set; an element that cannot be read, and is not of the image, hides nothing"
+    for tag in ds.keys():
+        try: element = ds[tag]
+        except RecursionError: raise
+        except Exception: continue
+        if element.VR == 'SQ': yield from element.value
 
 def _guessed_syntax(implicit, little):
     "The transfer syntax of a file without a header that names it, from how its elements are written"
@@ -242,19 +328,23 @@ def _read_dicom(path, frame, window, limits):
     count = int(ds.get('NumberOfFrames', 1) or 1)
     frames = range(count) if frame == 'all' else [_chosen(path, frame or 0, count, 'frame')]
     _bounded(path, int(ds.Rows)*int(ds.Columns)*len(frames), limits)
-    out = [_dicom_picture(path, ds, _stored(ds, i, count), window) for i in frames]
+    out = [_dicom_picture(path, ds, _stored(path, ds, i, count), window) for i in frames]
     return out if frame == 'all' else out[0]
 
-def _stored(ds, index, count):
+def _stored(path, ds, index, count):
     "The stored numbers of one frame; 12-bit JPEG, which the decoders of pydicom leave out, by imagecodecs"
     from pydicom.encaps import get_frame
     from pydicom.pixels import pixel_array
-    from pydicom.uid import JPEGExtended12Bit
-    if ds.file_meta.get('TransferSyntaxUID') != JPEGExtended12Bit or ds.BitsStored <= 8: return pixel_array(ds, index=index)
-    from imagecodecs import jpeg_decode
-    a = jpeg_decode(get_frame(ds.PixelData, index, number_of_frames=count))
-    if a.shape[:2] != (ds.Rows, ds.Columns): raise ValueError('another size than the header says')
-    return a
+    from pydicom.uid import HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K, JPEG2000TransferSyntaxes, JPEGExtended12Bit, JPEGLSTransferSyntaxes, JPEGTransferSyntaxes
+    syntax,jpeg2000 = ds.file_meta.TransferSyntaxUID, (*JPEG2000TransferSyntaxes, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)
+    if syntax not in (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *jpeg2000): return pixel_array(ds, index=index)
+    frame = get_frame(ds.PixelData, index, number_of_frames=count)
+    size = _stream_size(frame)
+    if size != (ds.Rows, ds.Columns): raise ImageError(path, 'damaged', f'its header says {ds.Columns} x {ds.Rows} pixels and its data ' + (f'{size[1]} x {size[0]}' if size else 'say nothing') + '; such a file is damaged or hostile.')
+    if syntax == JPEGExtended12Bit and ds.BitsStored > 8:
+        from imagecodecs import jpeg_decode
+        return jpeg_decode(frame)
+    return pixel_array(ds, index=index, decoding_plugin='pylibjpeg' if syntax in jpeg2000 else '')      # others write to the terminal
 
 def _dicom_picture(path, ds, a, window):
     "The stored numbers of one frame as colours or grey, as the sender meant them to be seen"
@@ -282,6 +372,7 @@ def _read_nifti(path, frame, slice_, window, limits):
     import nibabel
     volume = nibabel.load(_nifti_name(path))
     if not hasattr(volume, 'slicer') or len(volume.shape) < 2: raise ImageError(path, 'unsupported', 'it holds no volume (a matrix of connectivity, say); remove it from the data.')
+    if getattr(volume.dataobj, 'offset', 0) > limits.file_bytes: raise ImageError(path, 'damaged', 'its header says that the pixels begin after the end of the file; copy it again from its source.')
     shape = volume.shape + (1,)*(4 - len(volume.shape))
     if len(volume.shape) > 4 and max(volume.shape[4:]) > 1: raise ImageError(path, 'unsupported', f'a volume of the shape {volume.shape} has more than four dimensions.')
     _bounded(path, int(np.prod(shape[:3], dtype=np.int64)), limits)
@@ -324,8 +415,9 @@ def read_image(
     "The picture in a file; an `ImageError` that names it and the reason if there is none"
     path = Path(path)
     _checked_file(path, limits)
-    if window is not None and not window[0] < window[1]: raise ImageError(path, 'choice', f'window={window!r} must be (low, high) with low below high.')
-    kind = image_format(path)
+    _checked_window(path, window)
+    kind = _format(path)
+    if kind in ('png', 'jpeg', 'bmp', 'npy'): _chosen(path, frame or 0, 1, 'frame')
     try:
         with _quiet():
             if kind == 'dicom': a = _read_dicom(path, frame, window, limits)
@@ -339,7 +431,7 @@ def read_image(
 @contextmanager
 def _quiet():
     "No warnings and no log lines of the libraries: what is wrong is told by an `ImageError`, and they may quote what stands in a file"
-    loggers = [l for n in ('pydicom', 'nibabel.global', 'tifffile', 'PIL') if not (l := logging.getLogger(n)).disabled]
+    loggers = [l for n in ('pydicom', 'nibabel.global', 'openjpeg', 'tifffile', 'PIL') if not (l := logging.getLogger(n)).disabled]
     nowhere = logging.NullHandler()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -368,18 +460,44 @@ def image_size(
 )->tuple:       # height, width in pixels
     "The size of an image, from its header where the format allows; an `ImageError` if it has none"
     path = Path(path)
-    kind = image_format(path)
+    _checked_file(path, Limits())
+    sizes = dict(png=_raster_size, jpeg=_raster_size, bmp=_raster_size, tiff=_tiff_size, npy=_npy_size, dicom=_dicom_size, nifti=_nifti_size)
     try:
-        with _quiet():
-            if kind in ('png', 'jpeg', 'bmp'):
-                from PIL import Image
-                with Image.open(path) as image: return image.size[::-1] if image.getexif().get(274, 1) < 5 else image.size
-            if kind == 'tiff':
-                import tifffile
-                with tifffile.TiffFile(path) as f: return f.pages[0].imagelength, f.pages[0].imagewidth
-            if kind == 'npy': return np.load(path, mmap_mode='r', allow_pickle=False).shape[:2]
+        with _quiet(): return sizes[_format(path)](path)
+    except ImageError: raise
     except Exception as e: raise _as_image_error(path, e) from None
-    return read_image(path).shape[:2]
+
+def _raster_size(path):
+    from PIL import Image
+    with Image.open(path, formats=('PNG', 'JPEG', 'BMP')) as image:
+        return image.size if _orientation(image, path.read_bytes() if image.format == 'PNG' else b'') > 4 else image.size[::-1]
+
+def _tiff_size(path):
+    import tifffile
+    with tifffile.TiffFile(path) as f:
+        if not len(f.pages): raise ImageError(path, 'damaged', 'it holds no page; copy it again from its source.')
+        page = f.pages[0]
+        return (page.imagewidth, page.imagelength) if page.tags.valueof(274, 1) > 4 else (page.imagelength, page.imagewidth)
+
+def _npy_size(path):
+    shape = np.load(path, mmap_mode='r', allow_pickle=False).shape
+    if len(shape) < 2: raise ImageError(path, 'unsupported', f'an array of the shape {shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
+    return shape[:2]
+
+def _dicom_size(path):
+    import pydicom
+    _bounded_deflate(path, Limits())
+    ds = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=['Rows', 'Columns', 'SOPClassUID'])
+    if 'Rows' not in ds or 'Columns' not in ds: raise _without_pixels(path, ds)
+    return int(ds.Rows), int(ds.Columns)
+
+def _nifti_size(path):
+    import nibabel
+    volume = nibabel.load(_nifti_name(path))
+    if not hasattr(volume, 'slicer') or len(volume.shape) < 2: raise ImageError(path, 'unsupported', 'it holds no volume (a matrix of connectivity, say); remove it from the data.')
+    axes = nibabel.io_orientation(volume.affine)[:, 0]                # which axis of the patient each axis of the file runs along
+    sides = {int(axis): side for axis,side in zip(axes, volume.shape + (1,))}
+    return sides[1], sides[0]
 
 # %% ../../nbs/10_data.formats.ipynb #f8ce9484
 def write_image(
