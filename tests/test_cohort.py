@@ -1,11 +1,11 @@
 "A cohort from folders and tables as people really keep them, and a quarantine that loses nothing"
-import os, struct, subprocess, sys, warnings, zlib
+import os, struct, subprocess, sys, tracemalloc, warnings, zlib
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from strip_notebooks.data.checks import hash_distances, near_duplicates
+from strip_notebooks.data.checks import hash_distances, near_duplicates, validate
 from strip_notebooks.data.cohort import CohortError, CohortWarning, check_cohort, cohort_from_csv, cohort_from_folder, cohort_from_frame, load_cohort, quarantine, read_cohort, save_cohort
 from strip_notebooks.data.formats import write_image
 
@@ -67,7 +67,7 @@ BROKEN = {  # name of the way: ending, how to break the file at a path, the reas
 
 def test_twenty_broken_images_in_ten_ways_are_set_aside_and_nothing_else(tmp_path):
     folder,expected = tmp_path/'cohort',{}
-    for i in range(180): draw(folder/('LAA' if i % 4 == 0 else 'CE')/f'p{i//2*2:03d}{"a" if i % 4 == 0 else "b"}'/f'{i:03d}.png', i)
+    for i in range(180): draw(folder/('LAA' if i % 4 == 0 else 'CE')/f'p{i//2*2:03d}{"a" if i % 4 == 0 else "b"}'/f'{i:03d}.png', i, side=8)
     for j,(way,(ending,damage,reason)) in enumerate(BROKEN.items()):
         for k in range(2):
             path = folder/('CE', 'LAA')[k]/f'q{j}{k}'/f'scan{ending}'
@@ -95,7 +95,7 @@ def test_missing_files_of_a_table_are_set_aside(tmp_path):
 
 def test_quarantine_works_in_a_script(tmp_path):
     "A plain script starts its workers by spawning, which runs its main module again"
-    for i in range(60): draw(tmp_path/'data'/'CE'/f'p{i}'/'a.png', i)
+    for i in range(60): draw(tmp_path/'data'/'CE'/f'p{i}'/'a.png', i, side=8)
     (tmp_path/'data'/'CE'/'p7'/'a.png').write_bytes(b'')
     script = tmp_path/'script.py'
     script.write_text("import sys\nfrom strip_notebooks.data.cohort import read_cohort, quarantine\n"
@@ -120,6 +120,22 @@ def test_ids_that_look_like_something_else_stay_text(tmp_path):
     pd.testing.assert_frame_equal(back, cohort)
 
 
+def test_spaces_quotes_and_line_ends_in_ids_come_back(tmp_path):
+    ids = [' a', 'a', 'a ', 'b;c', 'b,c', 'b"c', 'b\nc', "'d'", '\té']
+    cohort = check_cohort(table(image_id=ids, patient_id=[f' {i}' for i in IDS], center_id=' 1'))
+    save_cohort(tmp_path/'cohort.csv', cohort)
+    pd.testing.assert_frame_equal(load_cohort(tmp_path/'cohort.csv'), cohort)
+
+
+def test_ids_that_were_read_as_floats_are_refused(tmp_path):
+    (tmp_path/'t.csv').write_text('image_id,patient_id,label,center_id,path\na,000123,CE,1,a.png\nb,7,LAA,,b.png\n')
+    assert cohort_from_frame(pd.read_csv(tmp_path/'t.csv', dtype=str)).center_id.tolist() == ['1', 'unknown']
+    guessed = pd.read_csv(tmp_path/'t.csv')
+    with pytest.raises(CohortError, match='center_id holds floating-point numbers.*row 0.*dtype=str'): cohort_from_frame(guessed)
+    for values in ([123.0, 7.0], np.array([123, 7], np.float32), ['123', np.float64(7)], pd.array([123., 7.], dtype='Float64')):
+        with pytest.raises(CohortError, match='patient_id holds floating-point numbers.*dtype=str'): cohort_from_frame(guessed.assign(center_id='1', patient_id=values))
+
+
 def test_attributes_are_numbers_only_where_nothing_is_lost(tmp_path):
     save_cohort(tmp_path/'cohort.csv', table(age=range(60, 69), scanner=[f'00{i}' for i in range(9)], sex=['F', 'M', '']*3))
     back = load_cohort(tmp_path/'cohort.csv')
@@ -132,6 +148,8 @@ def test_errors_say_what_and_where():
     with pytest.raises(CohortError, match='1 image ids occur more than once.*row 8'): check_cohort(table(image_id=IDS[:8] + IDS[:1]))
     with pytest.raises(CohortError, match='1 patients have images under two labels'): check_cohort(table(patient_id=['p', 'p', *IDS[2:]]))
     with pytest.raises(CohortError, match='1 rows have no label.*row 4'): check_cohort(table(label=['CE']*4 + [None] + ['CE']*4))
+    assert check_cohort(table(center_id=['', ' ', None, float('nan'), *'12121'])).center_id.tolist() == ['unknown']*4 + list('12121')
+    with pytest.raises(CohortError, match="two columns 'age'"): check_cohort(pd.concat([table(age=1), table(age=2)[['age']]], axis=1))
     with pytest.raises(CohortError, match='3 rows have no patient_id.*row 0'): check_cohort(table(patient_id=['', ' ', float('nan'), *IDS[3:]]))
     with pytest.raises(CohortError, match='no images'): check_cohort(table()[:0])
     with pytest.raises(CohortError, match="no column 'patient_id'.*patientid"): check_cohort(table().rename(columns=dict(patient_id='patientid')))
@@ -185,6 +203,41 @@ def test_tables_that_cannot_be_read(tmp_path):
     with pytest.raises(CohortError, match='No image'): read_cohort(tmp_path/'lone.csv')
 
 
+@pytest.mark.parametrize('rows,why', [
+    ('a,1,CE,1,x\nb,2,LAA,1\n', '5 cells in line 2 and 4 in the header'), ('a,1,CE,1\nb,2,LAA,1,x\n', '5 cells in line 3'),
+    ('a,1,CE,1,\nb,2,LAA,1,\n', '5 cells in line 2'), ('a,1,CE,1\nb,2,LA', '3 cells in line 3'), ('a,"1,CE,1\nb,2,LAA,1\n', 'cannot be read as CSV')])
+def test_rows_of_another_length_are_refused(tmp_path, rows, why):
+    draw(tmp_path/'t'/'a.png'); draw(tmp_path/'t'/'b.png')
+    (tmp_path/'t.csv').write_text('image_id,patient_id,label,center_id\n' + rows)
+    with pytest.raises(CohortError, match=why): read_cohort(tmp_path/'t.csv')
+    with pytest.raises(CohortError, match=why): load_cohort(tmp_path/'t.csv')
+
+
+def test_columns_twice_and_cells_that_are_empty(tmp_path):
+    (tmp_path/'t.csv').write_text('image_id,label,patient_id,path,label \na,CE,1,a.png,LAA\n')
+    with pytest.raises(CohortError, match="two columns 'label'"): read_cohort(tmp_path/'t.csv')
+    (tmp_path/'t.csv').write_text('image_id,label,patient_id,path,center_id\na,CE,1,a.png,\nb,LAA,2,,3\n')
+    with pytest.raises(CohortError, match='1 rows have no path, the first is row 1'): read_cohort(tmp_path/'t.csv')
+    (tmp_path/'t.csv').write_text('image_id,label,patient_id,path,center_id\na,CE,1,a.png,\nb,LAA,2,b.png,3\n')
+    assert read_cohort(tmp_path/'t.csv').center_id.tolist() == ['unknown', '3']
+
+
+@pytest.mark.parametrize('second', ['a.jpg', 'deeper/a.png'])
+def test_an_id_that_fits_two_files_is_refused(tmp_path, second):
+    for p in ('b.png', 'a.png', second): draw(tmp_path/'t'/p)
+    (tmp_path/'t.csv').write_text('image_id,patient_id,label\nb,1,CE\na,2,LAA\n')
+    with pytest.raises(CohortError, match='row 1 fits 2 files.*add a column path'): read_cohort(tmp_path/'t.csv')
+    (tmp_path/'t.csv').write_text('image_id,patient_id,label,path\nb,1,CE,t/b.png\na,2,LAA,t/a.png\n')
+    assert read_cohort(tmp_path/'t.csv').path.tolist() == [str(tmp_path/'t'/'b.png'), str(tmp_path/'t'/'a.png')]
+
+
+def test_an_id_does_not_lead_out_of_the_folder(tmp_path):
+    draw(tmp_path/'secret.png'); draw(tmp_path/'data'/'t'/'a.png')
+    for i in ('../../secret.png', '../../secret', 't/../../secret.png', str(tmp_path/'secret.png')):
+        (tmp_path/'data'/'t.csv').write_text(f'image_id,patient_id,label\na,1,CE\n{i},2,LAA\n')
+        with pytest.raises(CohortError, match='row 1 leads out of the folder'): read_cohort(tmp_path/'data'/'t.csv')
+
+
 # --- folders as they come ---
 
 def test_stray_hidden_and_nested_files(tmp_path):
@@ -209,6 +262,22 @@ def test_a_patient_in_the_folders_of_two_labels(tmp_path):
     with pytest.raises(CohortError, match='two labels'): cohort_from_folder(tmp_path)
 
 
+def test_a_copy_under_another_label_is_told_as_such(tmp_path):
+    for label in ('CE', 'LAA'): draw(tmp_path/label/'p1'/'x.png')
+    with pytest.raises(CohortError, match='1 patients have images under two labels'): cohort_from_folder(tmp_path)
+
+
+def test_links(tmp_path):
+    data = tmp_path/'data'
+    draw(data/'CE'/'p1'/'a.png'); draw(tmp_path/'disk'/'x.png'); draw(data/'LAA'/'p2'/'a.png', 1)
+    for name,target in [('CE/p1/b.png', tmp_path/'gone.png'), ('CE/p1/c.png', data/'CE/p1/c.png'), ('CE/p1/d.png', tmp_path/'disk/x.png'), ('LAA/p3', tmp_path/'disk'), ('LAA/p2/round', data)]: (data/name).symlink_to(target)
+    good,bad = quarantine(cohort_from_folder(data))
+    assert good.image_id.tolist() == ['p1/a.png', 'p1/d.png', 'p2/a.png', 'p3/x.png']
+    assert list(zip(bad.image_id, bad.reason)) == [('p1/b.png', 'not_a_file'), ('p1/c.png', 'not_a_file')]
+    (data/'LAA'/'p4').symlink_to(tmp_path/'gone')
+    with pytest.raises(CohortError, match='p4 is a link that leads nowhere'): cohort_from_folder(data)
+
+
 # --- real images, near-duplicates, imports ---
 
 def test_real_images_need_no_options(real):
@@ -230,6 +299,24 @@ def test_near_duplicates_against_brute_force():
     found = near_duplicates(hashes, 20)
     assert set(found.itertuples(index=False, name=None)) == brute and len(brute) >= 11
     assert found.distance.is_monotonic_increasing and (np.diag(hash_distances(hashes)) == 0).all()
+
+
+def test_near_duplicates_of_many_need_little_memory():
+    rng = np.random.default_rng(0)
+    hashes = pd.Series([rng.bytes(32).hex() for _ in range(6000)])
+    hashes[5999] = hashes[0]
+    tracemalloc.start()
+    found = near_duplicates(hashes)
+    peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert found.values.tolist() == [[0, 5999, 0]]
+    assert peak < 60e6                                                   # all distances as float32 would be 144 MB
+
+
+def test_what_could_not_be_looked_at_is_not_ok(tmp_path):
+    for name in ('a.png', 'b.png'): (tmp_path/name).write_bytes(b'')
+    report = validate(table(path=[str(tmp_path/'a.png'), str(tmp_path/'b.png')]*4 + [str(tmp_path/'c.png')])).set_index('check')
+    assert report.images['corrupt'] == 9
+    assert set(report.verdict[['corrupt', 'blank', 'tiny', 'a near-duplicate', 'formats', 'sizes', 'brightness']]) == {'error'}
 
 
 def test_cohort_and_checks_import_nothing_heavy():

@@ -38,60 +38,89 @@ def measure_images(
     columns = ['reason', 'format', 'height', 'width', 'brightness', 'contrast', 'hash']
     return pd.DataFrame(rows, columns=columns, index=pd.Index(cohort.image_id, name='image_id'))
 
+# %% ../../nbs/12_data.checks.ipynb #4f292c4e
 def perceptual_hashes(
     cohort:pd.DataFrame,    # A cohort
 )->pd.Series:               # Index image_id; hexadecimal, of the images that can be read
     "The perceptual hash of each image (Zauner 2010)"
     return measure_images(cohort).hash.dropna()
 
-# %% ../../nbs/12_data.checks.ipynb #e68bf552
+# %% ../../nbs/12_data.checks.ipynb #df012689
+def _signs(hashes):
+    "Hexadecimal hashes of n bits as (N, n) of -1 and +1"
+    return np.array([np.unpackbits(np.frombuffer(bytes.fromhex(h), np.uint8)) for h in hashes], np.float32)*2 - 1
+
 def hash_distances(
     hashes:pd.Series,   # N hexadecimal hashes of one length
 )->np.ndarray:          # (N, N) bits in which two differ
     "Hamming distances of all pairs"
-    bits = np.array([np.unpackbits(np.frombuffer(bytes.fromhex(h), np.uint8)) for h in hashes], np.float32)*2 - 1
-    return ((bits.shape[1] - bits @ bits.T)/2).round().astype(int)
+    signs = _signs(hashes)
+    return ((signs.shape[1] - signs @ signs.T)/2).round().astype(int)
 
+# %% ../../nbs/12_data.checks.ipynb #12a6306e
 def near_duplicates(
     hashes:pd.Series,   # From `perceptual_hashes`
     distance:int=20,    # Most bits, of 256, in which near-duplicates differ
 )->pd.DataFrame:        # image_id_a, image_id_b, distance; a row a pair, nearest first
-    "Pairs of images that look the same"
+    "Pairs of images that look the same, in memory that grows with their number, not its square"
     if len(hashes) < 2: return pd.DataFrame(columns=['image_id_a', 'image_id_b', 'distance'])
-    d = hash_distances(hashes)
-    a,b = np.nonzero(np.triu(d <= distance, 1))
+    signs,found = _signs(hashes),[]
+    bits = signs.shape[1]
+    for start in range(0, len(signs), 512):
+        product = signs[start:start + 512] @ signs[start:].T
+        a,b = np.nonzero(product >= bits - 2*distance)
+        a,b = a[b > a],b[b > a]
+        found.append(np.stack([a + start, b + start, (bits - product[a, b])/2]).round().astype(int))
+    a,b,d = np.concatenate(found, axis=1)
     ids = hashes.index.to_numpy()
-    return pd.DataFrame(dict(image_id_a=ids[a], image_id_b=ids[b], distance=d[a, b])).sort_values(['distance', 'image_id_a', 'image_id_b'], ignore_index=True)
+    return pd.DataFrame(dict(image_id_a=ids[a], image_id_b=ids[b], distance=d)).sort_values(['distance', 'image_id_a', 'image_id_b'], ignore_index=True)
 
-# %% ../../nbs/12_data.checks.ipynb #df012689
+# %% ../../nbs/12_data.checks.ipynb #27a883d7
+def _image_rows(m, least_side):
+    "Which images are broken, blank, tiny or there twice?"
+    read = m[m.reason == '']
+    plain = read.contrast < 3
+    corrupt,blank,tiny = (m.reason != '').sum(), plain.sum(), (read[['height', 'width']].min(axis=1) < least_side).sum()
+    pairs = near_duplicates(read.hash[~plain])
+    def row(check, looked_at, count, verdict, sentence):
+        if not looked_at: verdict,sentence = 'error',f'Whether one is {check} is not known: there is no image to look at.'
+        elif not count: verdict,sentence = 'ok',f'No image is {check}.' if looked_at == len(m) else f'None of the {looked_at} images that could be asked is {check}.'
+        return dict(check=check, verdict=verdict, images=int(count), sentence=sentence)
+    return [row('corrupt', len(m), corrupt, 'error', f'{corrupt} images cannot be read; set them aside with quarantine.'),
+            row('blank', len(read), blank, 'warning', f'{blank} images are of one colour all over.'),
+            row('tiny', len(read), tiny, 'warning', f'{tiny} images are smaller than {least_side} pixels on a side.'),
+            row('a near-duplicate', len(read) - blank, len(set(pairs.image_id_a) | set(pairs.image_id_b)), 'warning', f'{len(pairs)} pairs of images look the same; across patients or splits that is a leak.')]
+
+# %% ../../nbs/12_data.checks.ipynb #d6ebcba4
+def _cohort_rows(cohort, read):
+    "Are there enough patients of each class, both at each center, and files of one kind?"
+    patients = cohort.drop_duplicates('patient_id')
+    classes,images = patients.label.value_counts().sort_index(), cohort.patient_id.value_counts()
+    few = classes.min() < 10
+    centers = patients.groupby('center_id').label.nunique()
+    single = (centers < len(classes)).sum() if len(centers) > 1 else 0
+    rows = [('classes', 'error' if len(classes) < 2 else 'warning' if few else 'ok', len(cohort), ', '.join(f'{n} patients of {c}' for c,n in classes.items()) + ('; fewer than 10 of a class allow no honest estimate.' if few else '.')),
+            ('patients', 'ok', len(cohort), f'{len(cohort)} images of {len(patients)} patients, {images.min()}' + (f' to {images.max()} of each.' if images.min() < images.max() else ' of each.')),
+            ('centers', 'warning' if single else 'ok', len(cohort), f'{len(centers)} centers' + (f', {single} of them without patients of every class; the audit asks whether the center tells the label.' if single else '.'))]
+    if not len(read): rows += [(check, 'error', 0, 'Not known: there is no image to look at.') for check in ('formats', 'sizes', 'brightness')]
+    else:
+        formats,sizes,light = read.format.value_counts(), read.groupby(['height', 'width']).size(), read.brightness
+        rows += [('formats', 'ok' if len(formats) == 1 else 'warning', len(read), ', '.join(f'{n} {f}' for f,n in formats.items()) + '.'),
+                 ('sizes', 'ok' if len(sizes) == 1 else 'warning', len(read), f'All images are {read.height.iloc[0]:.0f} x {read.width.iloc[0]:.0f} pixels.' if len(sizes) == 1 else f'The images have {len(sizes)} sizes; the audit asks whether size tells the label.'),
+                 ('brightness', 'warning' if (odd := ((light < 10) | (light > 245)).sum()) else 'ok', len(read), f'The mean of an image is {light.min():.0f} to {light.max():.0f} of 255' + (f'; {odd} are nearly black or white.' if odd else '.'))]
+    return [dict(zip(('check', 'verdict', 'images', 'sentence'), r)) for r in rows]
+
+# %% ../../nbs/12_data.checks.ipynb #20f6f9ee
 def validate(
     cohort:pd.DataFrame,            # A cohort
     measures:pd.DataFrame|None=None,# From `measure_images`; None measures
     least_side:int=64,              # Pixels below which an image is tiny
 )->pd.DataFrame:                    # check, verdict ('ok', 'warning' or 'error'), images, sentence
-    "What is unusual in a cohort: corrupt, blank, tiny or repeated images, rare classes, odd sizes"
+    "What a cohort is made of and what is unusual in it: corrupt, blank, tiny or repeated images, rare classes, odd centers, formats, sizes and brightness"
     m = measure_images(cohort) if measures is None else measures
-    read = m[m.reason == '']
-    def row(check, count, verdict, sentence): return dict(check=check, verdict=verdict if count else 'ok', images=int(count), sentence=sentence if count else f'No image is {check}.')
-    corrupt,blank,tiny = (m.reason != '').sum(), (read.contrast < 3).sum(), (read[['height', 'width']].min(axis=1) < least_side).sum()
-    pairs = near_duplicates(read.hash[read.contrast >= 3].dropna())
-    rows = [row('corrupt', corrupt, 'error', f'{corrupt} images cannot be read; set them aside with quarantine.'),
-            row('blank', blank, 'warning', f'{blank} images are of one colour all over.'),
-            row('tiny', tiny, 'warning', f'{tiny} images are smaller than {least_side} pixels on a side.'),
-            row('a near-duplicate', len(set(pairs.image_id_a) | set(pairs.image_id_b)), 'warning', f'{len(pairs)} pairs of images look the same; across patients or splits that is a leak.')]
-    return pd.DataFrame(rows + _balance_rows(cohort, read))
+    return pd.DataFrame(_image_rows(m, least_side) + _cohort_rows(cohort, m[m.reason == '']))
 
-def _balance_rows(cohort, read):
-    "Are there enough patients of each class, and one size for all labels?"
-    patients = cohort.drop_duplicates('patient_id').label.value_counts()
-    rare = patients[patients < 10]
-    sizes = read.groupby(['height', 'width']).size()
-    return [dict(check='classes', verdict='error' if len(patients) < 2 else 'warning' if len(rare) else 'ok', images=len(cohort),
-                 sentence=', '.join(f'{n} patients of {c}' for c,n in patients.sort_index().items()) + ('; fewer than 10 of a class allow no honest estimate.' if len(rare) else '.') ),
-            dict(check='sizes', verdict='ok' if len(sizes) == 1 else 'warning', images=len(read),
-                 sentence=f'All images are {read.height.iloc[0]:.0f} x {read.width.iloc[0]:.0f} pixels.' if len(sizes) == 1 else f'The images have {len(sizes)} sizes; the audit asks whether size tells the label.')]
-
-# %% ../../nbs/12_data.checks.ipynb #12a6306e
+# %% ../../nbs/12_data.checks.ipynb #acdf7453
 def validation_figure(
     cohort:pd.DataFrame,    # A cohort
     measures:pd.DataFrame,  # From `measure_images`
@@ -100,18 +129,21 @@ def validation_figure(
     import matplotlib.pyplot as plt
     colors = class_colors(cohort.label.unique())
     table = cohort.merge(measures, left_on='image_id', right_index=True)
-    patients = cohort.drop_duplicates('patient_id')
-    fig,axes = plt.subplots(1, 4, figsize=(11, 2.8), layout='constrained', width_ratios=[2.2, 1, 1.4, 1.4])
-    centers = pd.crosstab(patients.center_id, patients.label)
-    order = sorted(centers.index, key=lambda c: (len(c), c) if c.isdigit() else (99, c))
-    centers.loc[order].plot.bar(stacked=True, ax=axes[0], color=colors, width=.8, rot=0 if max(map(len, order))*len(order) < 45 else 60)
-    axes[0].set(xlabel='center', ylabel='patients'); axes[0].legend(frameon=False, fontsize=8)
-    table.format.fillna('not readable').value_counts().plot.barh(ax=axes[1], color='.6'); axes[1].set(xlabel='images', ylabel='')
     shown = table[table.reason == '']
+    fig,axes = plt.subplots(2, 2, figsize=(6.5, 4.6), dpi=72, layout='constrained', width_ratios=[1.6, 1])
+    (by_center,by_format),(size,light) = axes
+    patients = cohort.drop_duplicates('patient_id')
+    centers = pd.crosstab(patients.center_id, patients.label)
+    order = sorted(centers.index, key=lambda c: (0, int(c), c) if c.isdecimal() else (1, 0, c))
+    centers.loc[order].plot.bar(stacked=True, ax=by_center, color=colors, width=.8, legend=False, rot=0 if sum(map(len, order)) < 40 else 60)
+    by_center.set(xlabel='center', ylabel='patients'); by_center.yaxis.get_major_locator().set_params(integer=True)
+    table.format.fillna('not readable').value_counts()[::-1].plot.barh(ax=by_format, color='.6'); by_format.set(xlabel='images', ylabel='')
     for label,group in shown.groupby('label'):
-        axes[2].scatter(group.width, group.height, s=14, alpha=.5, color=colors[label], label=label)
-        axes[3].hist(group.brightness, np.linspace(0, 255, 35), histtype='step', lw=1.6, density=True, color=colors[label], label=label)
-    axes[2].set(xlabel='width in pixels', ylabel='height in pixels'); axes[3].set(xlabel='mean brightness, 0 to 255', ylabel='density')
-    if shown.height.nunique() == shown.width.nunique() == 1: axes[2].set(xlim=(0, 2*shown.width.iloc[0]), ylim=(0, 2*shown.height.iloc[0]))
-    for ax in axes: ax.spines[['top', 'right']].set_visible(False)
+        size.scatter(group.width, group.height, s=16, alpha=.5, color=colors[label], label=label)
+        light.hist(group.brightness, np.linspace(0, 255, 35), histtype='step', lw=1.6, density=True, color=colors[label])
+    size.set(xlabel='width in pixels', ylabel='height in pixels', xlim=(0, None), ylim=(0, None)); light.set(xlabel='mean brightness, 0 to 255', ylabel='density', yticks=[])
+    if len(shown): size.set(xlim=(0, 1.1*shown.width.max()), ylim=(0, 1.1*shown.height.max()))
+    for ax in axes.flat: ax.spines[['top', 'right']].set_visible(False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colors[c]) for c in sorted(colors)]
+    fig.legend(handles, sorted(colors), loc='outside upper left', ncols=len(handles), frameon=False)
     return fig
