@@ -262,7 +262,13 @@ def drawn_counts(
 # %% ../../nbs/42_training.loop.ipynb #530b476c
 class Trainer:
     "The pieces of one training, made from its settings alone"
-    def __init__(self, cohort, cache, preprocessing, config, folder):
+    def __init__(self,
+        cohort:pd.DataFrame,    # A row an image, with a `split` column
+        cache,                  # Preprocessed pixels of the cohort
+        preprocessing,          # What the cache was built with, and the normalisation
+        config:TrainConfig,     # Settings
+        folder,                 # Where its state and its bundle go
+    ):
         from lightning_fabric import Fabric
         from timm.utils import ModelEmaV3
         self.cohort,self.cache,self.config,self.folder,self.preprocessing = cohort,cache,config,Path(folder),preprocessing
@@ -285,7 +291,9 @@ class Trainer:
         self.history,self.done = [],False
 
     @property
-    def best_net(self): return self.net if self.ema is None else self.ema.module
+    def best_net(self):
+        "The network that is judged and kept: the running mean of the weights where there is one"
+        return self.net if self.ema is None else self.ema.module
 
     def fingerprint(self):
         "A hash of all that decides the weights at the end"
@@ -355,7 +363,9 @@ def history_figure(
 
 class LiveCurve:
     "Shows how a training goes: a figure that redraws itself in Jupyter, lines elsewhere"
-    def __init__(self, epochs:int): self.epochs,self.handle = epochs,None
+    def __init__(self,
+        epochs:int,     # How many there will be
+    ): self.epochs,self.handle = epochs,None
     def __call__(self, history:pd.DataFrame):
         row,style = history.iloc[-1],progress_style()
         if style == 'widget':
