@@ -74,7 +74,7 @@ def demo_command(
     def step(n, name, **parameters):
         print(f'[{n}/4] {name}', flush=True)
         return run_experiment(name, {k: v for k,v in parameters.items() if v is not None}, args.runs)
-    prepared = step(1, 'prepare', data=args.data, preset=args.preset, patients=args.patients, size=args.size, seed=args.seed,
+    prepared = step(1, 'prepare', data=args.data, columns=args.columns, preset=args.preset, patients=args.patients, size=args.size, seed=args.seed,
                     train_centers=args.train_centers, test_centers=args.test_centers)
     trained = step(2, 'train', prepare_run=str(prepared.path.resolve()), arch=args.arch, epochs=args.epochs, seed=args.seed)
     evaluated = step(3, 'evaluate', train_run=str(trained.path.resolve()), seed=args.seed)
@@ -95,6 +95,7 @@ def parser()->argparse.ArgumentParser:
         return sub
     demo = command('demo', demo_command, 'prepare, train, evaluate and report in a row, on the embedded cohort or on your images')
     demo.add_argument('--data', metavar='FOLDER_OR_CSV', help='a folder LABEL/patient/image, or a CSV beside images; without it, synthetic clots are drawn')
+    demo.add_argument('--columns', metavar='OURS=THEIRS,...', help='for a CSV with other column names, such as patient_id=subject,label=etiology')
     demo.add_argument('--preset', choices=['easy', 'realistic', 'null', 'confounded'], help='which synthetic cohort is drawn (easy where nothing is said)')
     demo.add_argument('--patients', type=int, help='patients of the synthetic cohort')
     demo.add_argument('--size', type=int, help='pixels, square, that the model sees')

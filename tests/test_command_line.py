@@ -113,3 +113,16 @@ def test_own_images_run_through_with_broken_ones_among_them(tmp_path):
         if file.is_file(): assert b'Doe_Jane' not in file.read_bytes(), f'{file.name} holds the id of a patient'
     assert 'Doe_Jane' not in done.stdout + done.stderr
     assert 'Doe_Jane' in next((tmp_path/'data').glob('prepared/*/identities.csv')).read_text()
+
+def test_a_csv_with_other_column_names_and_a_frozen_backbone(demo, tmp_path):
+    "Columns are mapped on the command line, and the parameters of the training reach it"
+    import pandas as pd
+    folder, _ = demo
+    cohort = pd.read_csv(next((folder/'data'/'synthetic').glob('*/cohort.csv')), dtype=str)
+    cohort.rename(columns=dict(patient_id='subject', label='etiology')).drop(columns='center_id').to_csv(tmp_path/'mine.csv', index=False)
+    assert clot('run', 'prepare', '-p', 'data=mine.csv', '-p', 'size=48', cwd=tmp_path).returncode == 2     # patient_id is not there
+    prepared = clot('run', 'prepare', '-p', 'data=mine.csv', '-p', 'columns=patient_id=subject,label=etiology', '-p', 'size=48', cwd=tmp_path)
+    assert prepared.returncode == 0, prepared.stderr
+    trained = clot('run', 'train', '-p', 'arch=resnet18', '-p', 'epochs=1', '-p', 'trainable=head', '-p', 'label_smoothing=0.1', cwd=tmp_path)
+    assert trained.returncode == 0 and 'resnet18, 11,' in trained.stdout, trained.stderr
+    assert Run(sorted((tmp_path/'runs').glob('*-train-*'))[-1]).metrics['epochs_run'] == 1
