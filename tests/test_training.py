@@ -12,14 +12,14 @@ context.set_forkserver_preload(['strip_notebooks.training.loop', 'strip_notebook
 
 settings = dict(arch='simple_cnn', epochs=4, batch_size=8, policy='light', lr=2e-3, dropout=.2, ema=.9, mixup=.2, label_smoothing=.1, accumulate=2, balance='class')
 
-def run(cohort_folder, folder, die=None, **more):
+def run(cohort_folder, folder, die=None, threads=1, **more):
     "Train in a process of its own; with `die` = (function, nth call, before or after) it kills itself at that call of the os module"
     import torch
     from strip_notebooks.data.preprocess import Preprocessing, build_cache
     from strip_notebooks.data.synthetic import make_cohort
     from strip_notebooks.splits import split_patients
     from strip_notebooks.training.loop import make_config, train
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     cohort = split_patients(make_cohort(cohort_folder, 'easy', n_patients=32, size=128, seed=3, workers=1), (.5, .25, .25))
     preprocessing = Preprocessing(size=48)
     cache = build_cache(cohort, preprocessing, Path(cohort_folder)/'cache', workers=1)
@@ -98,6 +98,14 @@ def test_killed_at_a_call(reference, tmp_path, die):
     assert finish(reference[0], tmp_path/'training', die=die) in (-signal.SIGKILL, 0)
     assert finish(reference[0], tmp_path/'training') == 0
     assert_same(tmp_path/'training', reference)
+
+def test_another_number_of_threads_changes_nothing(reference, tmp_path):
+    "Killed after the second checkpoint, and gone on with where torch would take two threads instead of one"
+    folder = tmp_path/'training'
+    assert finish(reference[0], folder, die=('replace', 4, 'after')) == -signal.SIGKILL
+    assert (folder/'last.safetensors').exists()
+    assert finish(reference[0], folder, threads=2) == 0
+    assert_same(folder, reference)
 
 def test_workers_change_nothing(reference, tmp_path):
     assert finish(reference[0], tmp_path/'training', workers=1) == 0

@@ -101,14 +101,16 @@ def pick_precision(
 
 @contextmanager
 def deterministic():
-    "Inside, torch uses algorithms that give the same bits each time, where it has them"
-    was,fill = torch.are_deterministic_algorithms_enabled(),torch.utils.deterministic.fill_uninitialized_memory
+    "Inside, torch uses algorithms that give the same bits each time, where it has them, on a fixed number of threads; afterwards all is as before"
+    was,fill,threads = torch.are_deterministic_algorithms_enabled(),torch.utils.deterministic.fill_uninitialized_memory,torch.get_num_threads()
+    torch.set_num_threads(threads)      # saying the number forbids the matrix library to take fewer threads when it likes
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try: yield
     finally:
         torch.use_deterministic_algorithms(was)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.set_num_threads(threads)
 
 # %% ../../nbs/42_training.loop.ipynb #67a144bd
 def train_epoch(
@@ -204,7 +206,7 @@ def save_state(
     tensors |= {f'optimizer.{i}.{k}': v for i,s in state['state'].items() for k,v in s.items() if torch.is_tensor(v)}
     if ema is not None: tensors |= {f'ema.{k}': v for k,v in ema.module.state_dict().items()}
     groups = [{k: v for k,v in g.items() if k != 'params'} for g in state['param_groups']]
-    header = json.dumps({**about, 'groups': groups, 'schedule': schedule_state(schedule)})
+    header = json.dumps({**about, 'threads': torch.get_num_threads(), 'groups': groups, 'schedule': schedule_state(schedule)})
     with atomic_path(path) as p: save_file({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, p, dict(state=header))
 
 def read_state(
@@ -220,7 +222,8 @@ def load_state(
     tensors:dict, about:dict,   # From `read_state`
     model:nn.Module, optimizer, schedule, ema,  # As they were made at the start of the training
 )->None:
-    "Put a training where it was"
+    "Put a training where it was, on as many threads as it had: sums that are cut into other pieces round to other bits"
+    torch.set_num_threads(about['threads'])
     part = lambda prefix: {k[len(prefix):]: v for k,v in tensors.items() if k.startswith(prefix)}
     model.load_state_dict(part('model.'))
     if ema is not None: ema.module.load_state_dict(part('ema.'))
@@ -398,7 +401,7 @@ def train(
                 if k != 'epoch': board.add_scalar(k, v, row['epoch'])
             for show in [live, on_epoch] if on_epoch else [live]: show(pd.DataFrame(trainer.history))
         board.close()
-    return finish(trainer)
+        return finish(trainer)
 
 def _events(folder, epoch):
     "A writer of TensorBoard events that drops what an earlier process wrote after `epoch`"
