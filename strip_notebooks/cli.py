@@ -6,7 +6,7 @@
 __all__ = ['gather_parameters', 'run_command', 'runs_command', 'demo_command', 'parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #1277d198
-import argparse, sys
+import argparse, logging, sys
 from pathlib import Path
 
 from .core import StripError
@@ -20,6 +20,7 @@ def gather_parameters(
     import yaml
     given = {}
     if file:
+        if not Path(file).is_file(): raise StripError(f'{file} does not exist.')
         try: given = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise StripError(f'{file} is not readable as YAML: {e}') from e
         if not isinstance(given, dict): raise StripError(f'{file} must hold lines of the form "name: value".')
@@ -37,27 +38,39 @@ def run_command(
     from strip_notebooks.experiments import experiment_parameters, experiment_path, experiment_paths, resume_experiment, run_experiment
     if args.resume:
         if args.p or args.f or args.step: raise StripError('--resume takes an unfinished run with its own parameters; give no step and no parameters beside it.')
-        run = resume_experiment(args.resume)
-    elif not args.step: return print('experiments: ' + ', '.join(experiment_paths()) + '\n`clot run STEP --list` shows the parameters of one.')
-    elif args.list:
+        run = resume_experiment(args.resume, args.runs)
+    elif not args.step: return print((args.usage() if args.help else '') + 'experiments: ' + ', '.join(experiment_paths()) + '\n`clot run STEP --help` shows the parameters of one.')
+    elif args.help:
         for name,p in experiment_parameters(experiment_path(args.step)).items():
-            print(f"{name:>20}: {p['type']:5} = {p['default']!r:14} {p['help']}")
+            print(f"{name:>16}: {p['type']:5} = {p['default']!r:20} {p['help']}")
         return
     else: run = run_experiment(args.step, gather_parameters(args.p, args.f), args.runs)
-    print(f'finished: {run.path}')
+    print(_summary(run) + f'finished: {run.path}')
+
+def _summary(run):
+    "What a run has to say at its end, if anything"
+    file = run.path/'summary.txt'
+    return '\n' + file.read_text(encoding='utf-8') + '\n' if file.exists() else ''
 
 # %% ../nbs/99_cli.ipynb #184b0207
+def _found(row):
+    "What a run found, or what went wrong with it, in a few words"
+    from strip_notebooks.statistics import Estimate
+    if row['error']: return row['error'].splitlines()[0]
+    values = [row.get(f'test_auc{end}', float('nan')) for end in ('', '_low', '_high')]
+    if values[0] == values[0]: return f'test AUC {Estimate(*values)}'
+    validation = row.get('validation_auc', float('nan'))
+    return f'validation AUC {validation:.2f}' if validation == validation else ''
+
 def runs_command(
     args,   # The parsed words after `clot runs`
 )->None:
     "List all runs, or compare two training runs by their test predictions"
     from strip_notebooks.core import list_runs
     if not args.compare:
-        runs = list_runs(args.runs).fillna('')
-        if not len(runs): return print('No runs yet; `clot demo` makes the first.')
-        columns = [c for c in ('run', 'state', 'test_auc', 'test_auc_low', 'test_auc_high', 'error') if c in runs and (runs[c] != '').any()]
-        shown = runs[columns].map(lambda v: f'{v:.3f}' if isinstance(v, float) else v)
-        return print(shown.to_string(index=False))
+        runs = list_runs(args.runs)
+        for row in runs.to_dict('records'): print(f"{row['run']:34} {row['state']:11} {_found(row)}".rstrip())
+        return print('' if len(runs) else 'No runs yet; `clot demo` makes the first.\n', end='')
     if len(args.compare) != 2: raise StripError('`clot runs A B` compares two runs; give two names.')
     from strip_notebooks.experiments import find_run
     from strip_notebooks.metrics.compare import compare
@@ -71,6 +84,7 @@ def demo_command(
 )->None:
     "Prepare, train, evaluate and report in a row; print the patient-level table and the path of the report"
     from strip_notebooks.experiments import run_experiment
+    _check_demo(args)
     def step(n, name, **parameters):
         print(f'[{n}/4] {name}', flush=True)
         return run_experiment(name, {k: v for k,v in parameters.items() if v is not None}, args.runs)
@@ -79,8 +93,20 @@ def demo_command(
     trained = step(2, 'train', prepare_run=str(prepared.path.resolve()), arch=args.arch, epochs=args.epochs, seed=args.seed)
     evaluated = step(3, 'evaluate', train_run=str(trained.path.resolve()), seed=args.seed)
     report = step(4, 'report', evaluate_run=str(evaluated.path.resolve()))
-    print('\n' + (evaluated.path/'summary.txt').read_text(encoding='utf-8'))
-    print(f'report: {report.path/"report.html"}')
+    if not args.data: print('\nNext: open the report in a browser; then `clot demo --data FOLDER_OR_CSV` does the same with your own images.')
+    print(_summary(evaluated) + f'report: {report.path/"report.html"}')
+
+def _check_demo(args):
+    "A `StripError` for options that do not go together, and for a model that does not exist"
+    if args.data and not Path(args.data).exists(): raise StripError(f'{args.data} does not exist.')
+    for option in ('preset', 'patients'):
+        if args.data and getattr(args, option): raise StripError(f'--{option} is about the synthetic cohort, and --data about images of your own; leave one of them out.')
+    if args.columns and not args.data: raise StripError('--columns maps the columns of a CSV; name it with --data.')
+    if bool(args.train_centers) != bool(args.test_centers): raise StripError('--train-centers and --test-centers go together; give both or neither.')
+    if args.epochs is not None and args.epochs < 1: raise StripError(f'--epochs {args.epochs} must be 1 or more.')
+    if args.arch:
+        from strip_notebooks.models import create_model
+        create_model(args.arch)
 
 # %% ../nbs/99_cli.ipynb #c59342c5
 def parser()->argparse.ArgumentParser:
@@ -88,28 +114,29 @@ def parser()->argparse.ArgumentParser:
     main = argparse.ArgumentParser('clot', description='Tells whether a clot came from the heart (CE) or a large artery (LAA), by patient and with intervals.')
     main.set_defaults(call=None)
     commands = main.add_subparsers(metavar='COMMAND')
-    def command(name, call, help):
-        sub = commands.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(call=call)
-        sub.add_argument('--runs', metavar='FOLDER', default=None, help="the folder of all runs; None is the workspace's runs/")
+    def command(name, call, help, **kwargs):
+        sub = commands.add_parser(name, help=help, description=help, **kwargs)
+        sub.set_defaults(call=call, usage=sub.format_help)
+        sub.add_argument('--runs', metavar='FOLDER', help='the folder of all runs, if it is not runs/ of the workspace')
         return sub
-    demo = command('demo', demo_command, 'prepare, train, evaluate and report in a row, on the embedded cohort or on your images')
+    demo = command('demo', demo_command, 'prepare, train, evaluate and report in a row, on the embedded cohort or on your images',
+                   epilog='What is left out is as its step has it: see `clot run prepare --help` and `clot run train --help`.')
     demo.add_argument('--data', metavar='FOLDER_OR_CSV', help='a folder LABEL/patient/image, or a CSV beside images; without it, synthetic clots are drawn')
     demo.add_argument('--columns', metavar='OURS=THEIRS,...', help='for a CSV with other column names, such as patient_id=subject,label=etiology')
-    demo.add_argument('--preset', choices=['easy', 'realistic', 'null', 'confounded'], help='which synthetic cohort is drawn (easy where nothing is said)')
-    demo.add_argument('--patients', type=int, help='patients of the synthetic cohort')
-    demo.add_argument('--size', type=int, help='pixels, square, that the model sees')
-    demo.add_argument('--arch', help='the model: simple_cnn, or a timm name such as resnet18')
-    demo.add_argument('--epochs', type=int, help='passes over the training images')
-    demo.add_argument('--train-centers', metavar='A,B', help='train only on these centers')
-    demo.add_argument('--test-centers', metavar='C', help='test only on these centers')
-    demo.add_argument('--seed', type=int, help='seed of everything')
-    run = command('run', run_command, 'run one experiment notebook into a new run')
-    run.add_argument('step', nargs='?', help='prepare, train, evaluate, report or benchmark')
+    demo.add_argument('--preset', choices=['easy', 'realistic', 'null', 'confounded'], help='which synthetic cohort is drawn')
+    demo.add_argument('--patients', type=int, metavar='N', help='patients of the synthetic cohort')
+    demo.add_argument('--size', type=int, metavar='PIXELS', help='side of the square that the model sees')
+    demo.add_argument('--arch', metavar='NAME', help='the model: simple_cnn, or a timm name such as resnet18')
+    demo.add_argument('--epochs', type=int, metavar='N', help='passes over the training images')
+    demo.add_argument('--train-centers', metavar='A,B', help='train only on these centers; goes with --test-centers')
+    demo.add_argument('--test-centers', metavar='C', help='test only on these centers; goes with --train-centers')
+    demo.add_argument('--seed', type=int, metavar='N', help='seed of everything')
+    run = command('run', run_command, 'run one experiment notebook into a new run', add_help=False)
+    run.add_argument('step', nargs='?', metavar='STEP', help='prepare, train, evaluate, report or benchmark')
+    run.add_argument('-h', '--help', '--list', dest='help', action='store_true', help='show this page; with a STEP, the parameters that it takes')
     run.add_argument('-p', metavar='NAME=VALUE', action='append', default=[], help='set a parameter; may be given many times')
     run.add_argument('-f', metavar='PARAMS.YAML', help='read parameters from a file')
-    run.add_argument('--list', action='store_true', help='list the parameters of STEP')
-    run.add_argument('--resume', metavar='RUN', help='take up a run that failed or was interrupted')
+    run.add_argument('--resume', metavar='RUN', help='take up a run that failed or was interrupted, by its name or folder')
     runs = command('runs', runs_command, 'list all runs, or compare two training runs on their test patients')
     runs.add_argument('compare', nargs='*', metavar='RUN', help='two training runs to compare')
     return main
@@ -122,10 +149,13 @@ def main(
     args = parser().parse_args(argv)
     if not args.call: return parser().print_help()
     try: args.call(args)
-    except StripError as e: sys.exit(_say(e))
-    except KeyboardInterrupt: sys.exit(130)
+    except StripError as e: sys.exit(_say(e, 2))
+    except OSError as e: sys.exit(_say(f'{e.filename or "the system"}: {e.strerror or e}.', 2))
+    except KeyboardInterrupt as e:
+        logging.getLogger('asyncio').setLevel(logging.CRITICAL)     # it would tell of the task that was cut off
+        sys.exit(_say(e if e.args else 'stopped.', 130))
 
-def _say(error):
-    "Print the error's sentence where errors go; gives the exit code"
+def _say(error, code):
+    "Print a sentence where errors go; gives the exit code"
     print(f'clot: {error}', file=sys.stderr)
-    return 2
+    return code

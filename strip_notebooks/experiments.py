@@ -7,7 +7,7 @@ __all__ = ['ExperimentError', 'experiment_paths', 'experiment_path', 'experiment
            'run_experiment', 'resume_experiment', 'find_run']
 
 # %% ../nbs/90_experiments.ipynb #6c7eaf96
-import ast, contextlib, logging, os, tempfile, uuid
+import ast, contextlib, io, logging, os, tempfile, tokenize, uuid
 from pathlib import Path
 
 from .core import Run, StripError, nearest, new_run, list_runs, now, workspace, write_json
@@ -17,8 +17,10 @@ class ExperimentError(StripError):
     "An experiment does not exist, was given wrong parameters, or failed"
 
 def experiment_paths()->dict[str, Path]: # Step -> notebook
-    "The experiments of this checkout by name"
-    folder = Path(__file__).parent.parent/'nbs'/'experiments' if '__file__' in globals() else workspace()/'nbs'/'experiments'
+    "The experiments by name: those of this checkout, or those that were installed with the library"
+    library = Path(__file__).parent if '__file__' in globals() else workspace()/'strip_notebooks'
+    checkout = library.parent/'nbs'/'experiments'
+    folder = checkout if checkout.is_dir() else library/'steps'
     return {p.stem: p for p in sorted(folder.glob('*.ipynb')) if not p.stem.startswith('.')}
 
 def experiment_path(
@@ -33,12 +35,21 @@ def experiment_path(
 def experiment_parameters(
     path,           # Notebook
 )->dict[str, dict]: # Name -> type, default, help; without `out`, which is the runner's
-    "The parameters that a notebook takes, in its own order"
-    import papermill
-    logging.getLogger('papermill').setLevel(logging.WARNING)
-    found = papermill.inspect_notebook(str(path))
-    return {n: dict(type=p['inferred_type_name'], default=ast.literal_eval(p['default']), help=p['help'].strip())
-            for n,p in found.items() if n != 'out'}
+    "The parameters that a notebook takes, in its own order; an `ExperimentError` if one has no plain value"
+    import nbformat
+    cells = nbformat.read(path, 4).cells
+    source = '\n'.join(c.source for c in cells if 'parameters' in c.metadata.get('tags', []))
+    comments = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    found = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)): continue
+        name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
+        try: default = ast.literal_eval(node.value)
+        except (ValueError, TypeError): raise ExperimentError(f'{Path(path).name}: the parameter {name!r} must be given a plain value, such as 3 or \'a\', where it is declared.') from None
+        kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else type(default).__name__
+        if kind not in ('str', 'int', 'float', 'bool', 'list'): raise ExperimentError(f'{Path(path).name}: the parameter {name!r} is a {kind}; make it a str, int, float, bool or list.')
+        if name != 'out': found[name] = dict(type=kind, default=default, help=comments.get(node.end_lineno, ''))
+    return found
 
 # %% ../nbs/90_experiments.ipynb #a086f810
 def _typed(name, value, kind):
@@ -117,13 +128,20 @@ def run_experiment(
     defaults = {n: p['default'] for n,p in experiment_parameters(path).items()}
     return _execute(path, new_run(path.stem, {**defaults, **given}, root), show)
 
+def _run_at(run, root):
+    "The run of a folder, or of a name in the folder of all runs"
+    return Run(run if (Path(run)/'status.json').is_file() else Path(root or workspace()/'runs')/run)
+
 def resume_experiment(
-    run,            # A run, or its folder, that failed or was interrupted
+    run,            # The folder or the name of a run that failed or was interrupted
+    root=None,      # The folder of all runs; None is the workspace's runs/
     show:bool=True, # Print the notebook's output as it appears
 )->Run:             # The finished run
     "Take an unfinished run up again, in its own folder and with its own parameters"
-    run = run if isinstance(run, Run) else Run(run)
-    if run.state == 'finished': raise ExperimentError(f'{run.path.name} has finished; there is nothing to resume.')
+    run = _run_at(run, root)
+    state = list_runs(run.path.parent).set_index('run').state[run.path.name]
+    if state == 'finished': raise ExperimentError(f'{run.path.name} has finished; there is nothing to resume.')
+    if state == 'running': raise ExperimentError(f'{run.path.name} is running, in the process {run.status["process"]}; wait for it, or stop it first.')
     earlier = run.path/'notebook.ipynb'
     if earlier.exists(): earlier.rename(run.path/f"notebook-{len(list(run.path.glob('notebook*.ipynb')))}.ipynb")
     write_json(run.path/'status.json', dict(state='running', name=run.name, started=now(), process=os.getpid()))
@@ -137,12 +155,16 @@ def _execute(path, run, show):
     try:
         with _lines():
             papermill.execute_notebook(str(path), str(notebook), parameters={**run.parameters, 'out': str(run.path.resolve())}, kernel_name='python3',
-                                       stdout_file=_ToRun(run, show), stderr_file=_ToRun(run, show=False), progress_bar=False, kernel_manager_class=_kernel_manager())
+                                       stdout_file=_ToRun(run, show), stderr_file=_ToRun(run, show=False), progress_bar=False, kernel_manager_class=_kernel_manager(),
+                                       extra_arguments=['--IPKernelApp.log_level=50'])  # a kernel that is told to stop need not say so
     except papermill.PapermillExecutionError as e:
         run.finish(error=f'{e.ename}: {e.evalue}')
         raise ExperimentError(f'{run.name} failed: {e.ename}: {e.evalue} The notebook up to the error is {notebook}.') from None
+    except KeyboardInterrupt:
+        run.finish(error='interrupted')
+        raise KeyboardInterrupt(f'{run.path.name} was stopped; `clot run --resume {run.path.name}` takes it up again.') from None
     except BaseException as e:
-        run.finish(error='interrupted' if isinstance(e, KeyboardInterrupt) else f'{type(e).__name__}: {e}')
+        run.finish(error=f'{type(e).__name__}: {e}')
         raise
     run.finish()
     return run
@@ -156,7 +178,7 @@ def find_run(
     "The run that a step builds on; an `ExperimentError` that says how to make one if there is none"
     root = Path(root or workspace()/'runs')
     if run:
-        found = Run(run if (Path(run)/'status.json').is_file() else root/run)
+        found = _run_at(run, root)
         if found.name != name: raise ExperimentError(f'{found.path.name} is a run of {found.name!r}, and one of {name!r} is needed.')
         return found
     runs = list_runs(root)

@@ -1,5 +1,5 @@
 "The command line as a user has it: whole runs in processes of their own, wrong parameters, failures, a killed training"
-import json, os, re, signal, subprocess, sys, time
+import fcntl, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -14,17 +14,24 @@ def clot(*words, cwd, **kwargs):
     "A finished `clot` process"
     return subprocess.run([*CLOT, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **kwargs)
 
-@pytest.fixture(scope='module')
-def demo(tmp_path_factory):
-    "A workspace in which a small demo was run, and what it printed"
-    folder = tmp_path_factory.mktemp('workspace')
-    done = clot('demo', *SMALL, cwd=folder)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder, done.stdout
+@pytest.fixture(scope='session')
+def demo(tmp_path_factory, worker_id):
+    "A workspace in which a small demo was run, and what it printed; run once for all workers"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == 'master' else base.parent)/'work space'
+    folder.mkdir(exist_ok=True)
+    with open(folder/'lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder/'said.txt').exists():
+            done = clot('demo', *SMALL, cwd=folder)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            (folder/'said.txt').write_text(done.stdout)
+    return folder, (folder/'said.txt').read_text()
 
 def test_demo_ends_with_a_table_and_a_report(demo):
     folder, said = demo
     assert re.search(r'ROC AUC +[01]\.\d\d \([01]\.\d\d to [01]\.\d\d\)', said)
+    assert 'Next: open the report' in said and said.count('patient AUC for LAA is') == 1
     report = folder/said.strip().splitlines()[-1].removeprefix('report: ')
     page = report.read_text()
     assert 'patient AUC for LAA' in page and page.count('src="data:image/png') >= 11
@@ -50,6 +57,7 @@ def test_runs_command_lists_and_compares(demo):
     folder, _ = demo
     assert clot('runs', cwd=folder).stdout.count('finished') == 4
     train = next((folder/'runs').glob('*-train-*')).name
+    assert re.search(rf'^{train} +finished +validation AUC [01]\.\d\d$', clot('runs', cwd=folder).stdout, flags=re.MULTILINE)
     said = clot('runs', train, train, cwd=folder)
     assert 'not distinguishable' in said.stdout, said.stderr
 
@@ -58,6 +66,9 @@ def test_runs_command_lists_and_compares(demo):
     (['run', 'train', '-p', 'epoch=3'], "did you mean 'epochs'?"),
     (['run', 'train', '-p', 'epochs=many'], "epochs='many' is not an int"),
     (['run', 'train', '-p', 'epochs'], 'name=value'),
+    (['run', 'train', '-f', 'none.yaml'], 'none.yaml does not exist'),
+    (['demo', '--data', 'nowhere'], 'nowhere does not exist'),
+    (['demo', '--runs', '/dev/null'], '/dev/null'),
     (['run', '--resume', 'nothing'], 'not a run')])
 def test_wrong_words_are_refused_before_anything_runs(tmp_path, words, sentence):
     done = clot(*words, cwd=tmp_path)
@@ -73,26 +84,33 @@ def test_a_failed_run_keeps_its_notebook_and_says_why(tmp_path):
     assert any(o['output_type'] == 'error' for c in cells for o in c.get('outputs', []))
     assert 'failed' in clot('runs', cwd=tmp_path).stdout
 
-def test_a_killed_training_is_resumed_in_its_folder(demo):
+def until(line, *words, cwd, stop):
+    "The process of `clot WORDS`, stopped by a signal to its group as soon as it prints `line`; its exit code and what it said to standard error"
+    process = subprocess.Popen([*CLOT, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    for printed in process.stdout:
+        if printed.strip().startswith(line): break
+    os.killpg(process.pid, stop)
+    return process.wait(), process.stderr.read()
+
+def test_a_killed_and_then_interrupted_training_is_resumed_in_its_folder(demo):
     folder, _ = demo
-    prepared = next((folder/'runs').glob('*-prepare-*')).name
-    process = subprocess.Popen([*CLOT, 'run', 'train', '--runs', 'killed', '-p', f'prepare_run={(folder/"runs"/prepared)}', '-p', 'epochs=40', '-p', 'batch_size=16'], cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True,
-                               env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    for line in process.stdout:
-        if line.strip().startswith('epoch 2'): break
-    os.killpg(process.pid, signal.SIGKILL)                                  # the command and its kernel
-    process.wait()
+    prepared = next((folder/'runs').glob('*-prepare-*'))
+    until('epoch 2', 'run', 'train', '--runs', 'killed', '-p', f'prepare_run={prepared}', '-p', 'epochs=40', '-p', 'batch_size=16', cwd=folder, stop=signal.SIGKILL)
     (run,) = (folder/'killed').iterdir()
     time.sleep(1)
     assert list_runs(folder/'killed').state.tolist() == ['interrupted']
-    done = clot('run', '--resume', run, cwd=folder)
+    resume = 'run', '--resume', run.name, '--runs', 'killed'
+    code, said = until('epoch', *resume, cwd=folder, stop=signal.SIGINT)         # Ctrl-C
+    assert code == 130 and f'clot run --resume {run.name}' in said and 'Traceback' not in said, said
+    assert Run(run).state == 'failed' and Run(run).status['error'] == 'interrupted'
+    done = clot(*resume, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert 'epoch 1 of' not in done.stdout and 'epoch 40 of 40' in done.stdout
     assert Run(run).state == 'finished' and Run(run).metrics['epochs_run'] == 40
-    assert clot('run', '--resume', run, cwd=folder).returncode == 2        # finished is finished
+    assert clot(*resume, cwd=folder).returncode == 2        # finished is finished
 
 def test_help_helps(tmp_path):
-    for words, needed in [(['--help'], 'demo'), (['demo', '--help'], 'FOLDER_OR_CSV'), (['run', '--help'], 'NAME=VALUE'), (['run', 'train', '--list'], 'learning rate')]:
+    for words, needed in [(['--help'], 'demo'), (['demo', '--help'], 'FOLDER_OR_CSV'), (['run', '--help'], 'NAME=VALUE'), (['run', 'train', '--help'], 'learning rate')]:
         done = clot(*words, cwd=tmp_path)
         assert done.returncode == 0 and needed.lower() in done.stdout.lower()
 
@@ -115,14 +133,15 @@ def test_own_images_run_through_with_broken_ones_among_them(tmp_path):
     assert 'Doe_Jane' in next((tmp_path/'data').glob('prepared/*/identities.csv')).read_text()
 
 def test_a_csv_with_other_column_names_and_a_frozen_backbone(demo, tmp_path):
-    "Columns are mapped on the command line, and the parameters of the training reach it"
+    "Columns are mapped on the command line, the parameters of the training reach it, and a step looks for the one before it in the folder of runs that it is given"
     import pandas as pd
     folder, _ = demo
     cohort = pd.read_csv(next((folder/'data'/'synthetic').glob('*/cohort.csv')), dtype=str)
     cohort.rename(columns=dict(patient_id='subject', label='etiology')).drop(columns='center_id').to_csv(tmp_path/'mine.csv', index=False)
     assert clot('run', 'prepare', '-p', 'data=mine.csv', '-p', 'size=48', cwd=tmp_path).returncode == 2     # patient_id is not there
-    prepared = clot('run', 'prepare', '-p', 'data=mine.csv', '-p', 'columns=patient_id=subject,label=etiology', '-p', 'size=48', cwd=tmp_path)
+    elsewhere = '--runs', 'my runs'
+    prepared = clot('run', 'prepare', *elsewhere, '-p', 'data=mine.csv', '-p', 'columns=patient_id=subject,label=etiology', '-p', 'size=48', cwd=tmp_path)
     assert prepared.returncode == 0, prepared.stderr
-    trained = clot('run', 'train', '-p', 'arch=resnet18', '-p', 'epochs=1', '-p', 'trainable=head', '-p', 'label_smoothing=0.1', cwd=tmp_path)
+    trained = clot('run', 'train', *elsewhere, '-p', 'arch=resnet18', '-p', 'epochs=1', '-p', 'trainable=head', '-p', 'label_smoothing=0.1', cwd=tmp_path)
     assert trained.returncode == 0 and 'resnet18, 11,' in trained.stdout, trained.stderr
-    assert Run(sorted((tmp_path/'runs').glob('*-train-*'))[-1]).metrics['epochs_run'] == 1
+    assert Run(sorted((tmp_path/'my runs').glob('*-train-*'))[-1]).metrics['epochs_run'] == 1
