@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['okabe_ito', 'StripError', 'RunError', 'nearest', 'class_colors', 'content_hash', 'derive_seed', 'seed_everything',
            'atomic_path', 'write_text', 'write_json', 'write_csv', 'read_json', 'file_hash', 'cpu_count',
-           'progress_style', 'progress', 'git_commit', 'processor', 'device_name', 'environment', 'workspace', 'Run',
-           'now', 'new_run', 'open_run', 'list_runs']
+           'progress_style', 'progress', 'WorkerError', 'parallel_map', 'git_commit', 'processor', 'device_name',
+           'environment', 'workspace', 'Run', 'now', 'new_run', 'open_run', 'list_runs']
 
 # %% ../nbs/00_core.ipynb #7c0ba46b
-import hashlib, json, os, platform, random, secrets, subprocess, sys
+import hashlib, json, os, platform, random, secrets, subprocess, sys, time
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import distributions
@@ -175,6 +175,66 @@ def progress(
     if style != 'lines': return tqdm(iterable, desc=desc, total=total)
     return tqdm(iterable, desc=desc, total=total, file=_Lines(), mininterval=10, bar_format='{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go')
 
+# %% ../nbs/00_core.ipynb #c288b108
+class WorkerError(StripError):
+    "A process that worked for this one could not start, or was killed"
+
+def _start_worker():
+    "A worker leaves Ctrl-C to the process that started it, and ends with that process"
+    import signal, threading
+    from multiprocessing import parent_process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ['OPENCV_FOR_THREADS_NUM'] = '1'          # the cores are taken by the other workers
+    def watch(): parent_process().join(); os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+@contextmanager
+def _pool(workers):
+    "Processes, of which one at least has shown that it starts"
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+    pool = ProcessPoolExecutor(workers, mp_context=get_context('spawn'), initializer=_start_worker)
+    try:
+        try: pool.submit(os.getpid).result()
+        except BrokenProcessPool: raise WorkerError("No process could be started to share the work. In a script, put what starts it below `if __name__ == '__main__':`, or ask for workers=1.") from None
+        yield pool
+    finally: pool.shutdown(cancel_futures=True)
+
+# %% ../nbs/00_core.ipynb #23ffce08
+def _by_workers(function, items, workers, killed):
+    "The result of each item, in order, by processes of which any may be killed"
+    from concurrent.futures.process import BrokenProcessPool
+    alone = False
+    while items:
+        done = 0
+        with _pool(1 if alone else workers) as pool:
+            try:
+                for future in [pool.submit(function, i) for i in items]: yield future.result(); done += 1
+            except BrokenProcessPool: pass
+        items = items[done:]
+        if items and alone:
+            if not killed: raise WorkerError(f'The process that worked on {items[0]} was killed twice, the second time with no other beside it: it needs more memory than there is, or is hostile. Leave it out.')
+            yield killed(items[0]); items = items[1:]
+        alone = not alone
+
+def _results(function, items, workers, killed):
+    "The result of each item, in order: for a second by this process, then by all"
+    workers,until,done = workers or cpu_count(),time.monotonic() + (not workers),0
+    while done < len(items) and (workers == 1 or time.monotonic() < until): yield function(items[done]); done += 1
+    yield from _by_workers(function, items[done:], workers, killed)
+
+def parallel_map(
+    function,               # Of one item; importable from a module, as other processes have to find it
+    items,                  # What to go through
+    desc:str='',            # What the work is
+    workers:int|None=None,  # Processes; None takes one for each core where the work is long, 1 stays in this process
+    killed=None,            # Of an item that its process died of: what stands for the result; None raises a `WorkerError`
+):                          # Results, one by one, in the order of the items
+    "Go through `items` by several processes and show how far it is"
+    items = list(items)
+    return progress(_results(function, items, workers, killed), desc, total=len(items)) if items else iter(())
+
 # %% ../nbs/00_core.ipynb #8a8e7893
 def git_commit(
     folder='.', # A folder in the checkout
@@ -324,9 +384,9 @@ def list_runs(
     rows = []
     for status in sorted(Path(root or workspace()/'runs').glob('*/status.json')):
         run = Run(status.parent)
-        state = run.status
+        try: state,found = run.status,run.metrics if (run.path/'metrics.json').exists() else {}
+        except StripError as e: state,found = dict(state='damaged', error=str(e)),{}
         if state['state'] == 'running' and not _alive(state['process']): state['state'] = 'interrupted'
-        found = run.metrics if (run.path/'metrics.json').exists() else {}
         rows.append(dict(run=run.path.name, **{k: state.get(k, '') for k in ('name', 'state', 'started', 'ended', 'error')},
                          **{k: v for k,v in found.items() if isinstance(v, (int, float))}))
     return pd.DataFrame(rows, columns=None if rows else ['run', 'name', 'state', 'started', 'ended', 'error'])

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from strip_notebooks.core import WorkerError, parallel_map
 from strip_notebooks.data.augment import policy, policy_names
 from strip_notebooks.data.formats import ImageError, write_image
 from strip_notebooks.data.loading import CohortImages, make_loader
@@ -61,6 +62,103 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path):
     np.testing.assert_array_equal(resumed.images[rest], whole.images[rest])
     assert len(list((tmp_path/'cache').iterdir())) == 1
 
+
+BUILD = ("import os, sys, time, pandas as pd; from strip_notebooks.data.preprocess import *\n"
+         "print('ready', flush=True)\n"
+         "while not os.path.exists(sys.argv[1] + '/go'): time.sleep(.001)\n"
+         "print(build_cache(pd.read_csv(sys.argv[1] + '/cohort.csv', dtype=str), Preprocessing(size=48), sys.argv[1] + '/cache', workers=1).images.mean())")
+
+
+def start(code, *arguments, **kwargs): return subprocess.Popen([sys.executable, '-c', code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < until: time.sleep(.002)
+    return found
+
+
+@pytest.mark.parametrize('kill', [False, True])
+def test_processes_that_build_the_same_cache_at_once(tmp_path, kill):
+    cohort = draw(tmp_path/'pictures', 80, side=500)
+    cohort.to_csv(tmp_path/'cohort.csv', index=False)
+    builders = [start(BUILD, tmp_path) for _ in range(3)]
+    for b in builders: assert b.stdout.readline() == 'ready\n'
+    (tmp_path/'go').touch()
+    if kill:                                                                # the one that builds; of those that wait, one goes on
+        if not os.path.exists('/proc/self/maps'): pytest.skip('who builds is read from /proc')
+        (flags,) = wait_for(lambda: [f for f in (tmp_path/'cache').glob('*/done.npy') if (np.load(f) > 0).sum() > 4])
+        (building,) = [b for b in builders if 'images.npy' in open(f'/proc/{b.pid}/maps').read()]
+        building.kill(); building.communicate(); builders.remove(building)
+        assert not (flags.parent/'index.json').exists(), 'the build ended before it could be killed'
+    answers = [b.communicate(timeout=120) for b in builders]
+    assert not any(b.returncode for b in builders), answers
+    whole = build_cache(cohort, SETTINGS, tmp_path/'alone', workers=1)
+    np.testing.assert_array_equal(build_cache(cohort, SETTINGS, tmp_path/'cache', workers=1).images, whole.images)
+    assert {a.split()[-1] for a,_ in answers} == {str(whole.images.mean())}
+    assert sum('waiting' in a for a,_ in answers) == 2
+
+
+def test_a_file_that_has_gone_is_named(tmp_path):
+    cohort = draw(tmp_path/'pictures', 6)
+    for r in (2, 4): os.remove(cohort.path[r])
+    with pytest.raises(ImageError, match=r'002.png: 2 of 6 files cannot be opened any more.*quarantine') as caught: build_cache(cohort, SETTINGS, tmp_path/'cache')
+    assert caught.value.reason == 'missing' and not (tmp_path/'cache').exists()
+
+
+# --- many files at once ---
+
+def work(item):
+    "What a worker does: note that it did, and now and then an accident"
+    folder,i,accident = item
+    if i == 3 and accident == 'once' and not os.path.exists(f'{folder}/killed'): open(f'{folder}/killed', 'w').close(); os.kill(os.getpid(), signal.SIGKILL)
+    if i == 3 and accident == 'always': os.kill(os.getpid(), signal.SIGKILL)
+    if accident == 'slow': time.sleep(.2)
+    open(f'{folder}/done{i}', 'w').close()
+    return i
+
+
+def test_a_process_that_is_killed_costs_nothing(tmp_path):
+    def items(accident): return [(str(tmp_path), i, accident) for i in range(9)]
+    assert list(parallel_map(work, items('once'), workers=2)) == list(range(9))             # as when the memory ran out
+    assert list(parallel_map(work, items('always'), workers=2, killed=lambda item: -1)) == [0, 1, 2, -1, 4, 5, 6, 7, 8]
+    kept = []
+    with pytest.raises(WorkerError, match='killed twice'):
+        for i in parallel_map(work, items('always'), workers=2): kept.append(i)
+    assert kept == [0, 1, 2]
+
+
+MAP = ("import sys; sys.path.insert(0, sys.argv[1]); from test_data_pipeline import parallel_map, work\n"
+       "for i in parallel_map(work, [(sys.argv[2], i, 'slow') for i in range(200)], workers=2): pass")
+
+
+def alive(group):
+    "The processes of a group that run"
+    listed = subprocess.run(['ps', '-eo', 'pid,pgid,stat'], capture_output=True, text=True).stdout.splitlines()[1:]
+    return [l for l in listed if l.split()[1] == str(group) and l.split()[2][0] != 'Z']
+
+
+@pytest.mark.parametrize('sent', [signal.SIGINT, signal.SIGKILL])
+def test_an_end_from_outside_leaves_no_process_behind(tmp_path, sent):
+    "Ctrl-C reaches a whole group of processes; a kill only the one that started the others"
+    child = start(MAP, os.path.dirname(__file__), tmp_path, start_new_session=True)
+    try:
+        assert wait_for(lambda: len(list(tmp_path.iterdir())) > 3)
+        (os.killpg if sent == signal.SIGINT else os.kill)(child.pid, sent)
+        printed = child.communicate(timeout=30)[1]
+        assert wait_for(lambda: not alive(child.pid), 20) and len(list(tmp_path.iterdir())) < 150
+        if sent == signal.SIGINT: assert child.returncode not in (0, None) and printed.count('Traceback') == 1 and printed.rstrip().endswith('KeyboardInterrupt'), printed
+    finally:
+        if alive(child.pid): os.killpg(child.pid, signal.SIGKILL)
+
+
+def test_a_script_without_a_main_part_is_told(tmp_path):
+    (tmp_path/'script.py').write_text("from strip_notebooks.core import parallel_map\nprint(list(parallel_map(abs, range(9), workers=2)))\n")
+    done = subprocess.run([sys.executable, tmp_path/'script.py'], capture_output=True, text=True, timeout=60)
+    assert done.returncode and "below `if __name__ == '__main__':`" in done.stderr.strip().splitlines()[-1]
+
+
+# --- the cache and what is in it ---
 
 def test_two_processes_write_what_one_writes(tmp_path):
     cohort = draw(tmp_path/'pictures', 130, side=60)                        # enough that a second process is started

@@ -4,19 +4,17 @@
 
 # %% auto #0
 __all__ = ['columns_needed', 'CohortError', 'CohortWarning', 'attribute_columns', 'check_cohort', 'cohort_from_frame',
-           'cohort_from_csv', 'cohort_from_folder', 'save_cohort', 'load_cohort', 'read_cohort', 'quarantine',
-           'load_salt', 'pseudonymise']
+           'cohort_from_csv', 'cohort_from_folder', 'save_cohort', 'load_cohort', 'read_cohort', 'measure_images',
+           'quarantine', 'load_salt', 'pseudonymise']
 
 # %% ../../nbs/11_data.cohort.ipynb #0de7ee15
 import csv, os, secrets, warnings
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
 
-from ..core import StripError, content_hash, cpu_count, nearest, progress, write_csv, write_text
-from .formats import ImageError, image_suffixes, is_image_file, read_image
+from ..core import StripError, content_hash, nearest, parallel_map, write_csv
+from .formats import ImageError, image_format, image_suffixes, is_image_file, read_image, to_uint8
 
 # %% ../../nbs/11_data.cohort.ipynb #cd3348c6
 columns_needed = ['image_id', 'patient_id', 'label', 'center_id', 'path']
@@ -198,23 +196,51 @@ def read_cohort(
     return cohort_from_folder(source) if Path(source).is_dir() else cohort_from_csv(source, columns=columns)
 
 # %% ../../nbs/11_data.cohort.ipynb #f05b8255
-def _problem(path):
-    "(reason, sentence) if an image cannot be read, else None"
-    try: read_image(path)
-    except ImageError as e: return e.reason, str(e)
+def _measure(path):
+    "What is to be known of one image; if it cannot be read, the reason and a sentence instead"
+    try: image,kind = to_uint8(read_image(path)),image_format(path)
+    except ImageError as e: return dict(reason=e.reason, message=str(e))
+    import cv2, imagehash
+    from PIL import Image
+    means,spreads = (v[:, 0] for v in cv2.meanStdDev(image))
+    small = Image.fromarray(image[::max(1, image.shape[0]//512), ::max(1, image.shape[1]//512)])
+    return dict(reason='', message='', format=kind, height=image.shape[0], width=image.shape[1], brightness=means.mean(), contrast=((spreads**2 + means**2).mean() - means.mean()**2)**.5,
+                red=means[0], green=means[1], blue=means[2], hash=str(imagehash.phash(small, hash_size=16)))
 
+def _killed(path):
+    "What is to be known of an image that ended the process that read it"
+    return dict(reason='killed', message=f'{path}: the process that read it was killed, twice: it needs more memory than there is, or is hostile; leave it out.')
+
+# %% ../../nbs/11_data.cohort.ipynb #3346b781
+_measured = {}      # A file's name and state -> what `_measure` found
+
+def _file_state(path):
+    "What changes with a file: its size, times and place on the disk; None if it is not there"
+    try: s = os.stat(path)
+    except OSError: return
+    return str(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino
+
+def measure_images(
+    cohort:pd.DataFrame,    # A cohort
+    workers:int|None=None,  # Processes; None takes one for each core
+)->pd.DataFrame:            # Index image_id; reason and message (empty if readable), format, height and width in pixels, brightness, contrast, red, green and blue (0 to 255), hash (64 hexadecimal digits)
+    "Read every image, unless this process has before, and measure it"
+    states = [_file_state(p) for p in cohort.path]
+    unknown = {s: p for s,p in zip(states, cohort.path) if s and s not in _measured}
+    for found,state in zip(parallel_map(_measure, unknown.values(), 'reading images', workers, _killed), unknown): _measured[state] = found
+    rows = [_measured[s] if s else _measure(p) for s,p in zip(states, cohort.path)]
+    columns = ['reason', 'message', 'format', 'height', 'width', 'brightness', 'contrast', 'red', 'green', 'blue', 'hash']
+    return pd.DataFrame(rows, columns=columns, index=pd.Index(cohort.image_id, name='image_id'))
+
+# %% ../../nbs/11_data.cohort.ipynb #7ee1f0aa
 def quarantine(
     cohort:pd.DataFrame,        # A cohort
     workers:int|None=None,      # Processes; None takes one for each core
 ):                              # The cohort of readable images, and a table of the others: image_id, patient_id, label, path, reason, message
-    "Decode every image, and set aside those that cannot be read, each with its reason"
-    workers = min(workers or cpu_count(), 1 + len(cohort)//50)
-    if workers == 1: problems = [_problem(p) for p in progress(cohort.path, 'reading images')]
-    else:
-        with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
-            problems = list(progress(pool.map(_problem, cohort.path, chunksize=8), 'reading images', total=len(cohort)))
-    bad = pd.Series([p is not None for p in problems], index=cohort.index)
-    aside = cohort.loc[bad, ['image_id', 'patient_id', 'label', 'path']].assign(reason=[p[0] for p in problems if p], message=[p[1] for p in problems if p])
+    "Read every image, and set aside those that cannot be read, each with its reason"
+    found = measure_images(cohort, workers)
+    bad = (found.reason != '').to_numpy()
+    aside = cohort.loc[bad, ['image_id', 'patient_id', 'label', 'path']].assign(**{c: found[c].to_numpy()[bad] for c in ('reason', 'message')})
     return cohort[~bad].reset_index(drop=True), aside.reset_index(drop=True)
 
 # %% ../../nbs/11_data.cohort.ipynb #1e781908
@@ -223,10 +249,12 @@ def load_salt(
 )->str:         # 32 hexadecimal digits
     "The data folder's key for pseudonyms, made on first use, readable by its owner only"
     path = Path(folder)/'pseudonym.key'
-    if not path.exists():
-        write_text(path, secrets.token_hex(16))
-        os.chmod(path, 0o600)
-    return path.read_text().strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), 'w') as f: f.write(secrets.token_hex(16))
+    except FileExistsError: pass                                            # made before, or by another process just now
+    if len(salt := path.read_text().strip()) != 32: raise CohortError(f'{path} holds no key; bring back the one that was there, or delete the file to get another, which gives every patient another pseudonym.')
+    return salt
 
 # %% ../../nbs/11_data.cohort.ipynb #f171d99e
 def pseudonymise(

@@ -8,15 +8,17 @@ __all__ = ['reinhard_reference', 'macenko_stains', 'macenko_concentrations', 'im
            'contact_sheet']
 
 # %% ../../nbs/14_data.preprocess.ipynb #cb38fdbf
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core import StripError, content_hash, cpu_count, file_hash, nearest, progress, read_json, write_json
+from ..core import StripError, content_hash, cpu_count, file_hash, nearest, parallel_map, progress, read_json, write_json
 from .formats import ImageError, read_image, to_uint8
 
 # %% ../../nbs/14_data.preprocess.ipynb #3412ab66
@@ -31,12 +33,12 @@ def fit_square(
     "The picture as a square of `size` pixels, its aspect kept"
     import cv2
     h,w = image.shape[:2]
-    scale = size/(max if fit == 'pad' else min)(h, w)
+    if fit == 'crop':
+        side = min(h, w); y,x = (h - side)//2, (w - side)//2
+        image,h,w = image[y:y+side, x:x+side],side,side
+    scale = size/max(h, w)
     h2,w2 = max(1, round(h*scale)), max(1, round(w*scale))
     image = cv2.resize(image, (w2, h2), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    if fit == 'crop':
-        y,x = (h2 - size)//2, (w2 - size)//2
-        return np.ascontiguousarray(image[y:y+size, x:x+size])
     edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     out = np.empty((size, size, 3), np.uint8); out[:] = np.median(edge, 0)
     y,x = (size - h2)//2, (size - w2)//2
@@ -48,7 +50,15 @@ reinhard_reference = (68., 24., -12.), (12., 8., 7.)    # Mean and spread in Lab
 macenko_stains = np.array([[.5626, .7201, .4062], [.2159, .8012, .5581]])  # Optical density of haematoxylin and eosin (Macenko et al. 2009, reference implementation)
 macenko_concentrations = np.array([1.9705, 1.0308])     # Their 99th percentiles
 
-def _density(image): return -np.log((image.reshape(-1, 3).astype(np.float32) + 1)/240)
+def _glass(image):
+    "The colour of the empty glass: what the brightest pixels have in common, if it is pale; else the usual 240"
+    light = image.mean(-1)
+    color = np.median(image[light >= np.percentile(light, 99) - 12], axis=0)
+    return color.astype(np.float32) if (color >= 200).all() else np.full(3, 240, np.float32)
+
+def _density(image):
+    "Optical density (H*W, 3) by Beer and Lambert: 0 is glass"
+    return np.maximum(-np.log((image.reshape(-1, 3).astype(np.float32) + 1)/(_glass(image) + 1)), 0)
 
 def reinhard(
     image:np.ndarray,   # (H, W, 3) uint8
@@ -58,7 +68,7 @@ def reinhard(
     density = _density(image).mean(1).reshape(image.shape[:2])
     tissue = cv2.GaussianBlur(density, (0, 0), 2) > .15                     # smooth, so that noise does not speckle it
     if tissue.mean() < .01: return image, False
-    lab = cv2.cvtColor(image.astype(np.float32)/255, cv2.COLOR_RGB2LAB)
+    lab = cv2.cvtColor(np.minimum(image*(240/_glass(image))/255, 1).astype(np.float32), cv2.COLOR_RGB2LAB)
     mean,spread = lab[tissue].mean(0), lab[tissue].std(0)
     if (spread < 1e-3).any(): return image, False
     lab[tissue] = (lab[tissue] - mean)/spread*reinhard_reference[1] + reinhard_reference[0]
@@ -186,10 +196,9 @@ class Cache:
 # %% ../../nbs/14_data.preprocess.ipynb #61e7d53e
 _open = {}
 
-def _fill(folder, preprocessing, row, path):
-    "Write one row of a cache; gives an error instead of raising it"
-    import cv2
-    cv2.setNumThreads(0)
+def _fill(folder, preprocessing, job):
+    "Write one row of a cache, given as (row, path); gives an error instead of raising it"
+    row,path = job
     if folder not in _open: _open.clear(); _open[folder] = [np.load(Path(folder)/f'{n}.npy', mmap_mode='r+') for n in ('images', 'done')]
     images,done = _open[folder]
     try: pixels,stained = preprocessing._pixels(read_image(path))
@@ -197,48 +206,67 @@ def _fill(folder, preprocessing, row, path):
     images[row] = pixels
     done[row] = 1 if stained else 2
 
+def _killed(job): return ImageError(job[1], 'killed', 'the process that read it was killed, twice: it needs more memory than there is, or is hostile.')
+
+# %% ../../nbs/14_data.preprocess.ipynb #6cb1d3e1
 def _cache_key(cohort, preprocessing):
     "A name by the content of the files and the settings that change pixels"
-    with ThreadPoolExecutor(cpu_count()) as pool: hashes = list(pool.map(_file_hash, cohort.path))
-    return content_hash({k: v for k,v in asdict(preprocessing).items() if k in ('size', 'fit', 'stain', 'clahe')}, cohort.image_id.tolist(), hashes)
+    with ThreadPoolExecutor(cpu_count()) as pool: hashes = list(progress(pool.map(_file_hash, cohort.path), 'looking for pixels that are there already', total=len(cohort)))
+    if gone := [p for p,h in zip(cohort.path, hashes) if h is None]:
+        raise ImageError(gone[0], 'missing', f'{len(gone)} of {len(cohort)} files cannot be opened any more, this one first; bring them back, or set them aside with quarantine and prepare anew.')
+    return content_hash('pixels 2', {k: v for k,v in asdict(preprocessing).items() if k in ('size', 'fit', 'stain', 'clahe')}, cohort.image_id.tolist(), hashes)  # another number whenever `pixels` gives others
 
 def _file_hash(path):
     try: return file_hash(path)
-    except OSError: raise ImageError(path, 'missing', 'it cannot be read; set it aside with quarantine first.') from None
+    except OSError: pass
 
-# %% ../../nbs/14_data.preprocess.ipynb #6cb1d3e1
+def _open_arrays(folder, n, size):
+    "Make the arrays of a cache unless a broken-off build left them; gives which rows are done"
+    if not (folder/'done.npy').exists():
+        need,free = n*size*size*3,shutil.disk_usage(folder).free
+        if need > free: raise PreprocessError(f'The pixels of {n} images need {need/2**20:,.0f} MB, and {free/2**20:,.0f} MB are free in {folder.parent}; make room, or choose a smaller size.')
+        np.lib.format.open_memmap(folder/'images.npy', 'w+', np.uint8, (n, size, size, 3)).flush()
+        np.save(folder/'new.npy', np.zeros(n, np.uint8)); (folder/'new.npy').replace(folder/'done.npy')
+    return np.load(folder/'done.npy')
+
+# %% ../../nbs/14_data.preprocess.ipynb #7475acc6
+@contextmanager
+def _alone(folder):
+    "Wait until no other process writes in `folder`; a process that ends, however it does, no longer counts"
+    from filelock import FileLock, Timeout
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder/'lock')
+    try: lock.acquire(timeout=.1)
+    except Timeout:
+        print('Another process is preprocessing the same images; waiting for it.', flush=True)
+        lock.acquire()
+    try: yield
+    finally: lock.release()
+
 def build_cache(
     cohort:pd.DataFrame,            # A cohort of readable images
     preprocessing:Preprocessing,    # Settings
     folder,                         # The folder of all caches
     workers:int|None=None,          # Processes; None takes one for each core
 )->Cache:
-    "Preprocess every image of a cohort once, or go on where a build was broken off; an `ImageError` for a bad file, after all others were done"
+    "Preprocess every image of a cohort once, or go on where a build was broken off; an `ImageError` for a missing file at once, for a bad one after all others were done"
     folder = Path(folder)/_cache_key(cohort, preprocessing)
     if not (folder/'index.json').exists():
-        done = _open_arrays(folder, len(cohort), preprocessing.size)
-        left = [(str(folder), preprocessing, r, p) for r,p in enumerate(cohort.path) if not done[r]]
-        errors = [e for e in _run_all(left, min(workers or cpu_count(), 1 + len(left)//64)) if e]
-        if errors: raise ImageError(errors[0].path, errors[0].reason, f'{len(errors)} of {len(cohort)} images cannot be used, this one first ({str(errors[0])[len(errors[0].path)+2:]}) Set them aside with quarantine; the others are done already.')
-        state = np.load(folder/'done.npy')
-        write_json(folder/'index.json', dict(preprocessing=asdict(preprocessing), image_ids=cohort.image_id.tolist(), stain_unchanged=cohort.image_id[state == 2].tolist()))
+        with _alone(folder): _build(folder, cohort, preprocessing, workers)
     cache = Cache(folder)
     cache.preprocessing = preprocessing
     return cache
 
-def _open_arrays(folder, n, size):
-    "Make the arrays of a cache unless a broken-off build left them; gives which rows are done"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder/'done.npy').exists():
-        np.lib.format.open_memmap(folder/'images.npy', 'w+', np.uint8, (n, size, size, 3)).flush()
-        np.save(folder/'new.npy', np.zeros(n, np.uint8)); (folder/'new.npy').rename(folder/'done.npy')
-    return np.load(folder/'done.npy')
-
-def _run_all(jobs, workers):
-    "Each job's answer, by one process or many"
-    if workers <= 1: return [_fill(*j) for j in progress(jobs, 'preprocessing')]
-    with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
-        return list(progress(pool.map(_fill, *zip(*jobs), chunksize=8), 'preprocessing', total=len(jobs)))
+def _build(folder, cohort, preprocessing, workers):
+    "Fill what is left of a cache, and finish it with its index unless an image could not be used"
+    if (folder/'index.json').exists(): return                               # finished while we waited
+    done = _open_arrays(folder, len(cohort), preprocessing.size)
+    left = [(r, p) for r,p in enumerate(cohort.path) if not done[r]]
+    errors = [e for e in parallel_map(partial(_fill, str(folder), preprocessing), left, 'preprocessing', workers, _killed) if e]
+    _open.clear()
+    if errors: raise ImageError(errors[0].path, errors[0].reason, f'{len(errors)} of {len(cohort)} images cannot be used, this one first ({str(errors[0])[len(errors[0].path)+2:]}) Set them aside with quarantine; the others are done already.')
+    state = np.load(folder/'done.npy')
+    write_json(folder/'index.json', dict(preprocessing=asdict(preprocessing), image_ids=cohort.image_id.tolist(), stain_unchanged=cohort.image_id[state == 2].tolist()))
 
 # %% ../../nbs/14_data.preprocess.ipynb #d8564b64
 def contact_sheet(
