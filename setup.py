@@ -19,8 +19,9 @@ setup(
     keywords=cfg['keywords'].split(),
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
                  'Programming Language :: Python :: 3', 'Programming Language :: Python :: 3.11'],
-    packages=find_packages(include=['strip_notebooks', 'strip_notebooks.*']),
-    include_package_data=True,
+    packages=find_packages(include=['strip_notebooks', 'strip_notebooks.*']) + ['strip_notebooks.steps'],
+    package_dir={'strip_notebooks.steps': 'nbs/experiments'},   # what `clot run` executes, for those who have no checkout
+    package_data={'strip_notebooks.steps': ['*.ipynb']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
