@@ -158,6 +158,58 @@ def test_windows_slopes_and_inversion(dicom, tmp_path, function, slope, photomet
     np.testing.assert_allclose(read_image(tmp_path/'ct.dcm', window=(0, 2000))[..., 1], 1 - chosen if photometric == 'MONOCHROME1' else chosen, atol=1e-6)
 
 
+def elements(**values):
+    import pydicom
+    d = pydicom.Dataset(); d.update(values)
+    return d
+
+
+def test_each_frame_of_an_enhanced_file_has_its_own_rescaling_and_window(dicom, tmp_path):
+    import pydicom
+    ds = pydicom.dcmread(dicom/'CT_small.dcm')
+    a = ds.pixel_array.astype(float)
+    del ds.RescaleSlope, ds.RescaleIntercept
+    ds.NumberOfFrames,ds.PixelData = 3, ds.PixelData*3
+    ds.SharedFunctionalGroupsSequence = [elements(FrameVOILUTSequence=[elements(WindowCenter='40', WindowWidth='400', VOILUTFunction='LINEAR_EXACT')])]
+    ds.PerFrameFunctionalGroupsSequence = [elements(PixelValueTransformationSequence=[elements(RescaleSlope=str(i + 1), RescaleIntercept='-1024')]) for i in range(2)]   # the third is not told
+    ds.save_as(tmp_path/'enhanced.dcm')
+    hounsfield = [a - 1024, 2*a - 1024, a]
+    for i,x in enumerate(hounsfield):
+        np.testing.assert_allclose(read_image(tmp_path/'enhanced.dcm', frame=i)[..., 0], np.clip((x + 160)/400, 0, 1), atol=1e-6)
+        np.testing.assert_allclose(read_image(tmp_path/'enhanced.dcm', frame='all', window=(-100, 2000))[i, ..., 0], np.clip((x + 100)/2100, 0, 1), atol=1e-6)
+
+
+def test_look_up_tables(dicom, tmp_path):
+    "Modality and VOI tables by hand: the first entry is for the number in the descriptor's middle, and all that lies outside takes the end's"
+    import pydicom
+    ds = pydicom.dcmread(dicom/'CT_small.dcm')
+    a = ds.pixel_array.astype(int)
+    del ds.RescaleSlope, ds.RescaleIntercept
+    falling = list(range(60_000, 60_000 - 2*1500, -2))
+    ds.ModalityLUTSequence = [elements(LUTDescriptor=[1500, 100, 16], ModalityLUTType='US')]
+    ds.ModalityLUTSequence[0].add_new('LUTData', 'US', falling)
+    ds.save_as(tmp_path/'modality.dcm')
+    x = np.array(falling)[np.clip(a - 100, 0, 1499)]
+    np.testing.assert_allclose(read_image(tmp_path/'modality.dcm')[..., 0], x/65535, atol=1e-6)
+    np.testing.assert_allclose(read_image(tmp_path/'modality.dcm', window=(57_000, 60_000))[..., 0], np.clip((x - 57_000)/3000, 0, 1), atol=1e-6)
+    del ds.ModalityLUTSequence
+    ds.RescaleSlope,ds.RescaleIntercept = '1', '-1024'
+    ds.VOILUTSequence = [elements(LUTDescriptor=[2000, -900, 12])]
+    ds.VOILUTSequence[0].add_new('LUTData', 'US', [i//2 for i in range(2000)])
+    ds.WindowCenter,ds.WindowWidth = '5', '6'                            # the table goes first
+    ds.save_as(tmp_path/'voi.dcm')
+    np.testing.assert_allclose(read_image(tmp_path/'voi.dcm')[..., 0], np.clip(a - 1024 + 900, 0, 1999)//2/4095, atol=1e-6)
+
+
+def test_windows_of_no_width_are_as_if_left_out(dicom, tmp_path):
+    import pydicom
+    for width in ('0', '-1', None):
+        ds = pydicom.dcmread(dicom/'CT_small.dcm')
+        ds.WindowCenter,ds.WindowWidth = '100', width
+        ds.save_as(tmp_path/'a.dcm')
+        np.testing.assert_array_equal(read_image(tmp_path/'a.dcm'), read_image(dicom/'CT_small.dcm'))
+
+
 # --- NIfTI ---
 
 def test_nifti_slices_by_another_way():
@@ -375,6 +427,24 @@ def test_a_packed_picture_is_named(tmp_path):
     (tmp_path/'a.png.gz').write_bytes(gzip.compress(png(2, 1, b'\0' + bytes(6))))
     with pytest.raises(ImageError, match='gunzip') as caught: read_image(tmp_path/'a.png.gz')
     assert caught.value.reason == 'unsupported'
+
+
+def test_a_large_header_is_not_called_an_object(tmp_path):
+    head = b"{'descr': '|u1', 'fortran_order': False, 'shape': (3, 3)}" + b' '*50_000
+    (tmp_path/'a.npy').write_bytes(b'\x93NUMPY\x02\0' + struct.pack('<I', len(head)) + head + bytes(9))
+    assert outcome(tmp_path/'a.npy') == 'damaged'
+
+
+def test_a_file_that_may_not_be_read(tmp_path):
+    (tmp_path/'closed').mkdir(mode=0o755)
+    for p in (tmp_path/'a.png', tmp_path/'closed'/'a.png'): write_image(p, np.zeros((4, 4, 3), np.uint8))
+    (tmp_path/'a.png').chmod(0); (tmp_path/'closed').chmod(0)
+    code = ("import os, sys; from strip_notebooks.data.formats import *\nif not os.getuid(): os.setuid(65534)\n"
+            "for p in sys.argv[1:]:\n    try: read_image(p)\n    except ImageError as e: print(e.reason, 'ask for the right' in str(e))")
+    for folder in (tmp_path, *tmp_path.parents[:2]): folder.chmod(0o755)
+    try: done = subprocess.run([sys.executable, '-c', code, tmp_path/'a.png', tmp_path/'closed'/'a.png'], capture_output=True, text=True)
+    finally: (tmp_path/'closed').chmod(0o755)
+    assert done.stdout.splitlines() == ['forbidden True']*2, done
 
 
 def test_nothing_heavy_is_imported():

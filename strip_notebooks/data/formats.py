@@ -21,7 +21,7 @@ class ImageError(StripError):
     "A file is no image that can be used: `path` says which, `reason` is one word for why"
     def __init__(self,
         path,       # The file
-        reason:str, # missing, not_a_file, empty, too_large, not_an_image, no_pixels, unsupported, nested, range, choice or damaged
+        reason:str, # missing, not_a_file, forbidden, empty, too_large, not_an_image, no_pixels, unsupported, nested, range, choice or damaged
         text:str,   # The same as a sentence that says what to do
     ):
         super().__init__(f'{path}: {text}')
@@ -71,15 +71,19 @@ def image_format(
 def _format(path):
     "The format of a file whose size has been looked at"
     try: head,packed = _head(path)
+    except PermissionError: raise _forbidden(path) from None
     except (OSError, EOFError, zlib.error) as e: raise ImageError(path, 'damaged', f'it cannot be read ({type(e).__name__}); copy it again from its source.') from None
     kind = _kind(head, path.suffix.lower())
     if packed and kind not in (None, 'nifti'): raise ImageError(path, 'unsupported', f'it is a {kind} file packed by gzip; unpack it (gunzip) first.')
     if kind: return kind
     raise ImageError(path, 'not_an_image', f'its first bytes are of no format that is read here ({", ".join(image_suffixes)}); remove it from the data or convert it.')
 
+def _forbidden(path): return ImageError(path, 'forbidden', 'it may not be read by you; ask for the right to read it and its folder.')
+
 def _checked_file(path, limits):
     "An `ImageError` unless `path` is a plain file of a size within the limits"
     try: missing,plain = not path.exists(), path.is_file()
+    except PermissionError: raise _forbidden(path) from None
     except OSError: missing,plain = False,False                     # such as a link that leads to itself
     if missing and not path.is_symlink(): raise ImageError(path, 'missing', 'there is no such file; check the path.')
     if not plain: raise ImageError(path, 'not_a_file', 'it is not a plain file (a folder, a broken link or a device).')
@@ -255,7 +259,7 @@ def _read_npy(path, limits):
     "An array from a file, without unpickling"
     try: a = np.load(path, mmap_mode='r', allow_pickle=False)
     except ValueError as e:
-        if 'allow_pickle' in str(e) or 'object' in str(e).lower(): raise ImageError(path, 'unsupported', 'it holds Python objects, which are never unpickled; save a plain array.') from None
+        if 'object' in str(e).lower() and 'max_header_size' not in str(e): raise ImageError(path, 'unsupported', 'it holds Python objects, which are never unpickled; save a plain array.') from None
         raise
     if a.ndim not in (2, 3) or a.ndim == 3 and a.shape[-1] > 4: raise ImageError(path, 'unsupported', f'an array of the shape {a.shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
     _bounded(path, a.shape[0]*a.shape[1], limits)
@@ -274,8 +278,6 @@ def _dataset(path, limits):
         if (depth := depth + 1) > limits.nesting: raise ImageError(path, 'nested', f'its sequences are nested more than {limits.nesting} deep; such a file is damaged or hostile.')
     if not any(k in ds for k in ('PixelData', 'FloatPixelData', 'DoubleFloatPixelData')):
         raise _without_pixels(path, ds)
-    for k in ('RescaleSlope', 'RescaleIntercept', 'WindowCenter', 'WindowWidth', 'VOILUTSequence', 'ModalityLUTSequence'):
-        if k in ds and ds[k].is_empty: del ds[k]                     # named and left blank: as if not named
     if 'TransferSyntaxUID' not in ds.file_meta: ds.file_meta.TransferSyntaxUID = _guessed_syntax(*ds.original_encoding)
     return ds
 
@@ -325,11 +327,28 @@ def _stored_range(ds):
 # %% ../../nbs/10_data.formats.ipynb #e99401f9
 def _read_dicom(path, frame, window, limits):
     ds = _dataset(path, limits)
-    count = int(ds.get('NumberOfFrames', 1) or 1)
+    count = max(1, int(ds.get('NumberOfFrames', 1) or 1))
     frames = range(count) if frame == 'all' else [_chosen(path, frame or 0, count, 'frame')]
     _bounded(path, int(ds.Rows)*int(ds.Columns)*len(frames), limits)
-    out = [_dicom_picture(path, ds, _stored(path, ds, i, count), window) for i in frames]
+    out = [_dicom_picture(path, _of_frame(ds, i), _stored(path, ds, i, count), window) for i in frames]
     return out if frame == 'all' else out[0]
+
+def _of_frame(ds, index):
+    "The data set with the rescaling and window of one frame at the top; what is named and left blank, or no window at all, is as if not named"
+    from pydicom import Dataset
+    one = Dataset(); one.update(ds)
+    for groups,i in (('SharedFunctionalGroupsSequence', 0), ('PerFrameFunctionalGroupsSequence', index)):
+        for k in ('PixelValueTransformationSequence', 'FrameVOILUTSequence') if groups in ds and len(ds[groups].value) > i else ():
+            if ds[groups][i].get(k): one.update(ds[groups][i][k][0])
+    for k in ('RescaleSlope', 'RescaleIntercept', 'WindowCenter', 'WindowWidth', 'VOILUTSequence', 'ModalityLUTSequence'):
+        if k in one and one[k].is_empty: del one[k]
+    if 'WindowCenter' in one and not _first(one.get('WindowWidth', 0)) > 0: del one.WindowCenter
+    return one
+
+def _first(value):
+    "The number, or the first of several"
+    from pydicom.multival import MultiValue
+    return float(value[0] if isinstance(value, MultiValue) else value)
 
 def _stored(path, ds, index, count):
     "The stored numbers of one frame; 12-bit JPEG, which the decoders of pydicom leave out, by imagecodecs"
@@ -348,24 +367,28 @@ def _stored(path, ds, index, count):
 
 def _dicom_picture(path, ds, a, window):
     "The stored numbers of one frame as colours or grey, as the sender meant them to be seen"
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
+    from pydicom.pixels import apply_color_lut, apply_modality_lut
     if ds.PhotometricInterpretation == 'PALETTE COLOR':
         a = apply_color_lut(a, ds)
         return (a >> 8).astype(np.uint8) if a.dtype.itemsize > 1 else a
     if ds.SamplesPerPixel > 1: return a if ds.BitsStored in (8, 16) else (a/(2**ds.BitsStored - 1)).astype(np.float32)
-    if a.dtype.kind == 'f' and not window: raise ImageError(path, 'range', 'it holds floating-point numbers without a stated range; give window=(low, high).')
+    if a.dtype.kind == 'f' and not window and 'WindowCenter' not in ds: raise ImageError(path, 'range', 'it holds floating-point numbers without a stated range; give window=(low, high).')
     plain = not window and 'WindowCenter' not in ds and 'VOILUTSequence' not in ds and 'ModalityLUTSequence' not in ds and ds.BitsStored == 8 and not ds.PixelRepresentation and float(ds.get('RescaleSlope', 1)) > 0
     if plain: grey = a.astype(np.uint8)
-    else: grey = _shown(ds, apply_modality_lut(a, ds), window, apply_voi_lut)
+    else: grey = _shown(ds, apply_modality_lut(a, ds), window)
     if ds.PhotometricInterpretation != 'MONOCHROME1': return grey
     return 255 - grey if plain else 1 - grey
 
-def _shown(ds, a, window, apply_voi_lut):
-    "Rescaled numbers as float32 from 0 to 1: by the given window, the file's window or look-up, or the range of its bits"
+def _shown(ds, a, window):
+    "Rescaled numbers as float32 from 0 to 1: by the given window, the file's look-up or window (PS3.3 C.11.2.1.2), or the range of its bits"
+    from pydicom.pixels import apply_voi
     if window: return _window(a, window)
-    if 'VOILUTSequence' in ds: return _window(apply_voi_lut(a, ds), (0, 2**int(ds.VOILUTSequence[0].LUTDescriptor[2]) - 1))
-    if 'WindowCenter' in ds: return _window(apply_voi_lut(a, ds), _stored_range(ds))    # pydicom spreads the window over this range, from black to white
-    return _window(a, sorted(_stored_range(ds)))
+    if 'VOILUTSequence' in ds: return _window(apply_voi(a, ds), (0, 2**int(ds.VOILUTSequence[0].LUTDescriptor[2]) - 1))
+    if 'WindowCenter' not in ds: return _window(a, sorted(_stored_range(ds)))
+    center,width,function = _first(ds.WindowCenter),_first(ds.WindowWidth),ds.get('VOILUTFunction', 'LINEAR')
+    if function == 'SIGMOID': return (1/(1 + np.exp(-4*(a - center)/width))).astype(np.float32)
+    low,high = (center - width/2, center + width/2) if function == 'LINEAR_EXACT' else (center - width/2, center + width/2 - 1)
+    return _window(a, (low, high)) if low < high else (a > low).astype(np.float32)
 
 # %% ../../nbs/10_data.formats.ipynb #c97932dc
 def _read_nifti(path, frame, slice_, window, limits):
