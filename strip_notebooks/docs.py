@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 from execnb.nbio import dict2nb, mk_cell, nb2dict
+from fastcore.script import call_parse
 from nbdev import processors
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, _nbpath2html, nbglob
@@ -135,8 +136,9 @@ def page_notebook(
     return nb2dict(nb)
 
 # %% ../nbs/96_docs.ipynb #01a28e71
+@call_parse
 def filter_notebook()->None:
-    "The command `strip-docs-filter`: a notebook on standard input, its page's notebook on standard output"
+    "Quarto's filter: takes a notebook on standard input, and gives the notebook of its page on standard output"
     notebooks, here = get_config().nbs_path.resolve(), Path.cwd().resolve()
     folder = here.relative_to(notebooks).as_posix() if here.is_relative_to(notebooks) else ''
     with redirect_stdout(sys.stderr): page = page_notebook(json.load(sys.stdin), folder)
@@ -233,9 +235,17 @@ def run_tool(
     done = subprocess.run(command, cwd=folder, env={**os.environ, 'PATH': path}, capture_output=True, text=True)
     if done.returncode: raise StripError(f'`{" ".join(map(str, command))}` failed:\n{done.stdout}{done.stderr}')
 
+@call_parse
 def build_site()->None:
-    "The command `strip-docs`: write README.md, and the site into `_docs`, checked for broken links where smalldocs builds it"
+    "Write README.md, and the site into _docs: by Quarto where it is installed, elsewhere by smalldocs, with a check for broken links"
     root = get_config().config_path
+    try: _build_site(root)
+    except StripError as e: sys.exit(f'strip-docs: {e}')
+    print(f'The site is in {root/"_docs"}: open index.html there; for its search, `python -m http.server -d _docs`.')
+
+def _build_site(root):
+    "Write README.md and the site of the project at `root`"
+    if not (root/'_quarto.yml').is_file(): raise StripError(f'{root} holds no _quarto.yml; run this in the project.')
     write_readme()
     if shutil.which('quarto'): run_tool('quarto', 'render', folder=root)
     else:
@@ -245,4 +255,4 @@ def build_site()->None:
         for task in ('check', 'render'): run_tool('smalldocs', task, '.', folder=staged)
         shutil.rmtree(root/'_docs', ignore_errors=True)
         shutil.move(staged/'_docs', root/'_docs')
-    print(f'The site is in _docs: open {(root/"_docs/index.html").relative_to(root)}')
+        shutil.rmtree(staged)
