@@ -8,7 +8,7 @@ __all__ = ['columns_needed', 'CohortError', 'CohortWarning', 'attribute_columns'
            'quarantine', 'load_salt', 'pseudonymise']
 
 # %% ../../nbs/11_data.cohort.ipynb #0de7ee15
-import csv, os, secrets, warnings
+import csv, os, secrets, unicodedata, warnings
 from pathlib import Path
 
 import pandas as pd
@@ -33,23 +33,23 @@ def attribute_columns(
 
 # %% ../../nbs/11_data.cohort.ipynb #7f60b148
 def _check_cells(cohort):
-    "`cohort` with the needed columns as text, none of them empty, a center that is not given as 'unknown'"
+    "`cohort` with the needed columns as text, none of them empty, a center that is not given as 'unknown', labels without spaces at their ends"
     if (double := cohort.columns.duplicated()).any(): raise CohortError(f'There are two columns {cohort.columns[double][0]!r}; rename one or leave it out.')
     for c in columns_needed:
-        if c not in cohort: raise CohortError(f'The cohort has no column {c!r}{nearest(c, cohort.columns)}')
+        if c not in cohort: raise CohortError(f'The cohort has no column {c!r}{nearest(c, [n for n in cohort if n not in columns_needed])} If it is there under another name, map it with columns.')
         text = cohort[c].astype('string')
         gap = (text.isna() | (text.str.strip() == '')).to_numpy(bool)
         if c == 'center_id': cohort = cohort.assign(center_id=[('unknown' if g else v) for g,v in zip(gap, cohort[c])])
         elif gap.any(): raise CohortError(f'{gap.sum()} rows have no {c}, the first is row {gap.argmax()}; fill it in or leave the rows out.')
         if any(floats := [pd.api.types.is_float(v) for v in cohort[c]]):
             raise CohortError(f'{c} holds floating-point numbers, first in row {floats.index(True)}, in which zeros and digits may be lost already; read ids as text, as with pandas.read_csv(..., dtype=str).')
-    return cohort.assign(**{c: cohort[c].astype(str).astype(object) for c in columns_needed}).reset_index(drop=True)
+    return cohort.assign(**{c: (cohort[c].astype(str).str.strip() if c == 'label' else cohort[c].astype(str)).astype(object) for c in columns_needed}).reset_index(drop=True)
 
 # %% ../../nbs/11_data.cohort.ipynb #ae442db7
 def check_cohort(
     cohort:pd.DataFrame,    # What may be a cohort
 )->pd.DataFrame:            # The same rows, ids as text, the needed columns first
-    "`cohort`, valid; a `CohortError` that names the column, row and remedy if not, a `CohortWarning` for a patient at two centers and for ids that differ by a space"
+    "`cohort`, valid; a `CohortError` that names the column, row and remedy if not, a `CohortWarning` for a patient at two centers and for values that are nearly the same"
     cohort = _check_cells(cohort)
     if not len(cohort): raise CohortError('The cohort has no images.')
     labels = cohort.groupby('patient_id').label.nunique()
@@ -59,7 +59,8 @@ def check_cohort(
     if (centers > 1).any(): warnings.warn(f'{(centers > 1).sum()} patients have images from two centers; for splits they count to the one with most of their images.', CohortWarning, stacklevel=2)
     for c in ('patient_id', 'label', 'center_id'):
         values = cohort[c].drop_duplicates()
-        if (near := values.str.strip().duplicated()).any(): warnings.warn(f'{near.sum()} values of {c} differ from another by a space only, the first at row {near.index[near][0]}; they count as two.', CohortWarning, stacklevel=2)
+        alike = values.str.strip() if c == 'patient_id' else values.str.strip().str.casefold()
+        if (near := alike.duplicated()).any(): warnings.warn(f'{near.sum()} values of {c} differ from another by a space or by capitals only, the first at row {near.index[near][0]}; they count as two.', CohortWarning, stacklevel=2)
     return cohort[columns_needed + [c for c in cohort if c not in columns_needed]]
 
 # %% ../../nbs/11_data.cohort.ipynb #61941833
@@ -90,10 +91,11 @@ def _read_csv(path):
         with open(path, encoding='utf-8-sig', newline='') as f:
             first = f.readline(); f.seek(0)
             lines = csv.reader(f, delimiter=max(',;\t', key=first.count), strict=True)
-            found = [(lines.line_num, cells) for cells in lines if cells]
+            found = [(lines.line_num, cells) for cells in lines if any(c.strip() for c in cells)]
     except FileNotFoundError: raise CohortError(f'{path} does not exist.') from None
     except (OSError, UnicodeDecodeError, csv.Error) as e: raise CohortError(f'{path} cannot be read as CSV ({type(e).__name__}); save it as UTF-8 with one header line.') from None
     if not found: raise CohortError(f'{path} is empty.')
+    if len(found) == 1: raise CohortError(f'{path} has one line, the header, and no images.')
     names = [c.strip() or f'unnamed {i}' for i,c in enumerate(found[0][1])]
     for number,cells in found:
         if len(cells) != len(names): raise CohortError(f'{path} has {len(cells)} cells in line {number} and {len(names)} in the header; put quotes around a cell that holds a separator, and give every line the same number of cells.')
@@ -125,11 +127,16 @@ def _find_images(ids, folders):
         files = {}
         for f in _files(folder):
             inside = f.relative_to(folder).as_posix()
-            for name in {f.name, _stem(f.name), inside, _stem(inside)}: files.setdefault(name, []).append(f)
-        if not any(i in files for i in ids): continue
-        for row,i in enumerate(ids):
-            if len(files.get(i, ())) > 1: raise CohortError(f'The image_id of row {row} fits {len(files[i])} files in {folder}; add a column path that says which.')
-        return [os.path.abspath(files[i][0] if i in files else folder/i) for i in ids]
+            for name in {_composed(n) for n in (f.name, _stem(f.name), inside, _stem(inside))}: files.setdefault(name, []).append(f)
+        found = [files.get(_composed(i), []) for i in ids]
+        if not any(found): continue
+        for row,fits in enumerate(found):
+            if len(fits) > 1: raise CohortError(f'The image_id of row {row} fits {len(fits)} files in {folder}; add a column path that says which.')
+        return [os.path.abspath(fits[0] if fits else folder/i) for i,fits in zip(ids, found)]
+
+def _composed(name):
+    "A name with each accent in its letter; a Mac writes the two as two characters, a spreadsheet as one"
+    return unicodedata.normalize('NFC', name)
 
 # %% ../../nbs/11_data.cohort.ipynb #c163d514
 def cohort_from_csv(
@@ -141,7 +148,7 @@ def cohort_from_csv(
     csv = Path(csv)
     frame = _rename(_read_csv(csv), columns or {})
     if 'path' not in frame:
-        if 'image_id' not in frame: raise CohortError(f'{csv} has no column \'image_id\'{nearest("image_id", frame.columns)}')
+        if 'image_id' not in frame: raise CohortError(f'{csv} has no column \'image_id\'{nearest("image_id", frame.columns)} If it is there under another name, map it with columns.')
         folders = [Path(images)] if images else [csv.with_suffix(''), csv.parent/'images', csv.parent]
         paths = _find_images(frame.image_id, folders)
         if paths is None: raise CohortError(f'No image of {csv} was found in {" or ".join(str(f) for f in folders)}; name their folder, or add a column path.')

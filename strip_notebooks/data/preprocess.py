@@ -211,7 +211,7 @@ def _killed(job): return ImageError(job[1], 'killed', 'the process that read it 
 # %% ../../nbs/14_data.preprocess.ipynb #6cb1d3e1
 def _cache_key(cohort, preprocessing):
     "A name by the content of the files and the settings that change pixels"
-    with ThreadPoolExecutor(cpu_count()) as pool: hashes = list(progress(pool.map(_file_hash, cohort.path), 'looking for pixels that are there already', total=len(cohort)))
+    with ThreadPoolExecutor(cpu_count()) as pool: hashes = list(progress(pool.map(_file_hash, cohort.path), 'fingerprinting files', total=len(cohort)))
     if gone := [p for p,h in zip(cohort.path, hashes) if h is None]:
         raise ImageError(gone[0], 'missing', f'{len(gone)} of {len(cohort)} files cannot be opened any more, this one first; bring them back, or set them aside with quarantine and prepare anew.')
     return content_hash('pixels 2', {k: v for k,v in asdict(preprocessing).items() if k in ('size', 'fit', 'stain', 'clahe')}, cohort.image_id.tolist(), hashes)  # another number whenever `pixels` gives others
