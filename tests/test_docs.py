@@ -67,6 +67,12 @@ def test_every_page_is_built(site):
     for page in pages: assert (site/page).with_suffix('.html').exists()
     assert f"url={pages[0].replace('.ipynb', '.html')}" in (site/'index.html').read_text()
 
+def test_nothing_is_fetched_from_elsewhere(site):
+    "But smalldocs' KaTeX, on the pages with formulas: else a reader's address is told to nobody, and the pages look the same without a network"
+    fetched = re.compile(r'@import\s+(?:url\()?["\']?https?:|url\(["\']?https?:|<(?:script|img|iframe)[^>]+src="(?:https?:)?//(?!\S+/katex@)|<link[^>]+rel="stylesheet"[^>]+href="(?:https?:)?//(?!\S+/katex@)')
+    assert fetched.search('@import url(https://fonts.example.org/css2)') and fetched.search('<script defer src="https://example.org/a.js">')
+    assert [p.name for p in site.rglob('*') if p.suffix in ('.html', '.css') and fetched.search(p.read_text(encoding='utf-8'))] == []
+
 def test_every_link_leads_somewhere(site):
     assert list(dead_links(site)) == []
 
