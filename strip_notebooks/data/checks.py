@@ -112,8 +112,8 @@ def validation_figure(
     centers.loc[order].plot.bar(stacked=True, ax=by_center, color=colors, width=.8, legend=False, rot=0 if sum(map(len, order)) < 40 else 60)
     by_center.set(xlabel='center', ylabel='patients'); by_center.yaxis.get_major_locator().set_params(integer=True)
     table.format.fillna('not readable').value_counts()[::-1].plot.barh(ax=by_format, color='.6'); by_format.set(xlabel='images', ylabel='')
-    for label,group in shown.groupby('label'):
-        size.scatter(group.width, group.height, s=16, alpha=.5, color=colors[label], label=label)
+    for k,(label,group) in enumerate(shown.groupby('label')):
+        size.scatter(group.width, group.height, s=20*(k + 1)**2, facecolors='none', edgecolors=colors[label])   # rings, so that none hides another
         light.hist(group.brightness, np.linspace(0, 255, 35), histtype='step', lw=1.6, density=True, color=colors[label])
     size.set(xlabel='width in pixels', ylabel='height in pixels', xlim=(0, None), ylim=(0, None)); light.set(xlabel='mean brightness, 0 to 255', ylabel='density', yticks=[])
     if len(shown): size.set(xlim=(0, 1.1*shown.width.max()), ylim=(0, 1.1*shown.height.max()))
