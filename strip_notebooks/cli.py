@@ -93,7 +93,8 @@ def demo_command(
     trained = step(2, 'train', prepare_run=str(prepared.path.resolve()), arch=args.arch, epochs=args.epochs, seed=args.seed)
     evaluated = step(3, 'evaluate', train_run=str(trained.path.resolve()), seed=args.seed)
     report = step(4, 'report', evaluate_run=str(evaluated.path.resolve()))
-    if not args.data: print('\nNext: open the report in a browser; then `clot demo --data FOLDER_OR_CSV` does the same with your own images.')
+    more = 'for another model on the same split, `clot run train -p arch=resnet18`, then `clot run evaluate`.' if args.data else '`clot demo --data FOLDER_OR_CSV` does the same with your own images.'
+    print(f'\nNext: open the report in a browser; {more}')
     print(_summary(evaluated) + f'report: {report.path/"report.html"}')
 
 def _check_demo(args):
