@@ -151,6 +151,7 @@ def resume_experiment(
 def _execute(path, run, show):
     "Execute the notebook at `path` with the parameters of `run`, in its folder"
     import papermill
+    logging.getLogger('papermill').setLevel(logging.ERROR)  # it would warn of parameters that it has not understood, and set them all the same
     notebook = run.path/'notebook.ipynb'
     try:
         with _lines():
