@@ -300,11 +300,13 @@ def new_run(
 )->Run:                 # In the state 'running'
     "Make a new run folder, which no earlier run has had"
     stamp = datetime.now(timezone.utc).strftime('%Y-%m-%d_%H%M%S')
-    path = Path(root or workspace()/'runs')/f'{stamp}-{name}-{secrets.token_hex(2)}'
+    def folder(): return Path(root or workspace()/'runs')/f'{stamp}-{name}-{secrets.token_hex(2)}'
+    path = folder()
+    while path.exists(): path = folder()                                    # of hundreds that start in one second, two may meet
     path.mkdir(parents=True, exist_ok=False)
     write_json(path/'parameters.json', parameters)
     write_json(path/'environment.json', environment(parameters.get('seed')))
-    write_json(path/'status.json', dict(state='running', name=name, started=now(), process=os.getpid()))
+    write_json(path/'status.json', dict(state='running', name=name, started=now(), process=os.getpid(), host=platform.node()))
     return Run(path)
 
 # %% ../nbs/00_core.ipynb #f988ca0e
@@ -370,9 +372,10 @@ def finish(self:Run,
     write_json(_checked(self, '', 'status.json'), {**self.status, **state, 'ended': now()})
 
 # %% ../nbs/00_core.ipynb #4333d007
-def _alive(process):
-    "Whether a process of this machine with that number is running"
-    try: os.kill(process, 0)
+def _alive(state):
+    "Whether the process that a status names is running, or is one of another machine"
+    if state.get('host') != platform.node(): return True
+    try: os.kill(state['process'], 0)
     except ProcessLookupError: return False
     except PermissionError: pass
     return True
@@ -386,7 +389,7 @@ def list_runs(
         run = Run(status.parent)
         try: state,found = run.status,run.metrics if (run.path/'metrics.json').exists() else {}
         except StripError as e: state,found = dict(state='damaged', error=str(e)),{}
-        if state['state'] == 'running' and not _alive(state['process']): state['state'] = 'interrupted'
+        if state['state'] == 'running' and not _alive(state): state['state'] = 'interrupted'
         rows.append(dict(run=run.path.name, **{k: state.get(k, '') for k in ('name', 'state', 'started', 'ended', 'error')},
                          **{k: v for k,v in found.items() if isinstance(v, (int, float))}))
     return pd.DataFrame(rows, columns=None if rows else ['run', 'name', 'state', 'started', 'ended', 'error'])

@@ -5,8 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from strip_notebooks.data.checks import hash_distances, near_duplicates, validate
-from strip_notebooks.data.cohort import CohortError, CohortWarning, check_cohort, cohort_from_csv, cohort_from_folder, cohort_from_frame, load_cohort, quarantine, read_cohort, save_cohort
+from strip_notebooks.data.checks import hash_distances, near_duplicates, perceptual_hashes, validate
+from strip_notebooks.data.cohort import CohortError, CohortWarning, check_cohort, cohort_from_csv, cohort_from_folder, cohort_from_frame, load_cohort, measure_images, quarantine, read_cohort, save_cohort
+from strip_notebooks.data.cohort import _measure as real_measure
 from strip_notebooks.data.formats import write_image
 
 IDS = ['000123', '1e5123', 'NA', 'nan', 'True', '12.0', 'None', '0x1F', '-7']
@@ -105,6 +106,33 @@ def test_quarantine_works_in_a_script(tmp_path):
     assert done.stdout.strip() == "59 ['p7']"
 
 
+def measure_or_die(path):
+    "What a decoder does that a damaged file takes down with it"
+    if path.endswith('p2/a.png'): os.abort()
+    return real_measure(path)
+
+
+def test_a_file_that_kills_its_reader_is_set_aside(tmp_path, monkeypatch, capfd):
+    for i in range(6): draw(tmp_path/'CE'/f'p{i}'/'a.png', i, side=8)
+    monkeypatch.setattr('strip_notebooks.data.cohort._measure', measure_or_die)
+    good,bad = quarantine(cohort_from_folder(tmp_path), workers=2)
+    assert good.patient_id.tolist() == ['p0', 'p1', 'p3', 'p4', 'p5'] and bad[['patient_id', 'reason']].values.tolist() == [['p2', 'killed']]
+    assert 'p2/a.png' in bad.message[0] and 'leave it out' in bad.message[0]
+
+
+def test_images_are_read_once_until_they_change(tmp_path, monkeypatch):
+    for i in range(4): draw(tmp_path/'CE'/f'p{i}'/'a.png', i)
+    cohort,read = cohort_from_folder(tmp_path),[]
+    monkeypatch.setattr('strip_notebooks.data.cohort._measure', lambda path: read.append(path) or real_measure(path))
+    first = measure_images(cohort)
+    good,_ = quarantine(cohort)
+    assert validate(good, measure_images(good)).images[0] == 0 and len(perceptual_hashes(good.assign(image_id=list('abcd')))) == len(read) == 4
+    draw(tmp_path/'CE'/'p1'/'a.png', 99); os.remove(tmp_path/'CE'/'p2'/'a.png')
+    second = measure_images(cohort)
+    assert read[4:] == [cohort.path[1], cohort.path[2]] and second.reason.tolist() == ['', '', 'missing', '']
+    assert (second.hash == first.hash).tolist() == [True, False, False, True]
+
+
 # --- ids are text ---
 
 def test_ids_that_look_like_something_else_stay_text(tmp_path):
@@ -153,6 +181,11 @@ def test_errors_say_what_and_where():
     with pytest.raises(CohortError, match='3 rows have no patient_id.*row 0'): check_cohort(table(patient_id=['', ' ', float('nan'), *IDS[3:]]))
     with pytest.raises(CohortError, match='no images'): check_cohort(table()[:0])
     with pytest.raises(CohortError, match="no column 'patient_id'.*patientid"): check_cohort(table().rename(columns=dict(patient_id='patientid')))
+
+
+def test_labels_that_differ_by_capitals_are_pointed_out(tmp_path):
+    with pytest.warns(CohortWarning, match='capitals only, the first at row 2'): check_cohort(table(label=['CE', 'LAA', 'ce']*3))
+    assert set(check_cohort(table(label=['CE', ' LAA', 'CE ']*3)).label) == {'CE', 'LAA'}
 
 
 def test_a_patient_at_two_centers_is_a_warning():

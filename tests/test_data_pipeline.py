@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from strip_notebooks.core import WorkerError, parallel_map
+from strip_notebooks.core import WorkerError, parallel_map, read_json
 from strip_notebooks.data.augment import policy, policy_names
 from strip_notebooks.data.formats import ImageError, write_image
 from strip_notebooks.data.loading import CohortImages, make_loader
@@ -66,7 +66,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path):
 BUILD = ("import os, sys, time, pandas as pd; from strip_notebooks.data.preprocess import *\n"
          "print('ready', flush=True)\n"
          "while not os.path.exists(sys.argv[1] + '/go'): time.sleep(.001)\n"
-         "print(build_cache(pd.read_csv(sys.argv[1] + '/cohort.csv', dtype=str), Preprocessing(size=48), sys.argv[1] + '/cache', workers=1).images.mean())")
+         "print(build_cache(pd.read_csv(sys.argv[1] + '/cohort.csv', dtype=str), Preprocessing(size=224, stain='macenko'), sys.argv[1] + '/cache', workers=1).images.mean())")
 
 
 def start(code, *arguments, **kwargs): return subprocess.Popen([sys.executable, '-c', code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
@@ -80,7 +80,7 @@ def wait_for(condition, seconds=60):
 
 @pytest.mark.parametrize('kill', [False, True])
 def test_processes_that_build_the_same_cache_at_once(tmp_path, kill):
-    cohort = draw(tmp_path/'pictures', 80, side=500)
+    cohort = draw(tmp_path/'pictures', 40)
     cohort.to_csv(tmp_path/'cohort.csv', index=False)
     builders = [start(BUILD, tmp_path) for _ in range(3)]
     for b in builders: assert b.stdout.readline() == 'ready\n'
@@ -93,8 +93,9 @@ def test_processes_that_build_the_same_cache_at_once(tmp_path, kill):
         assert not (flags.parent/'index.json').exists(), 'the build ended before it could be killed'
     answers = [b.communicate(timeout=120) for b in builders]
     assert not any(b.returncode for b in builders), answers
-    whole = build_cache(cohort, SETTINGS, tmp_path/'alone', workers=1)
-    np.testing.assert_array_equal(build_cache(cohort, SETTINGS, tmp_path/'cache', workers=1).images, whole.images)
+    settings = Preprocessing(size=224, stain='macenko')
+    whole = build_cache(cohort, settings, tmp_path/'alone', workers=1)
+    np.testing.assert_array_equal(build_cache(cohort, settings, tmp_path/'cache', workers=1).images, whole.images)
     assert {a.split()[-1] for a,_ in answers} == {str(whole.images.mean())}
     assert sum('waiting' in a for a,_ in answers) == 2
 
@@ -156,6 +157,20 @@ def test_a_script_without_a_main_part_is_told(tmp_path):
     (tmp_path/'script.py').write_text("from strip_notebooks.core import parallel_map\nprint(list(parallel_map(abs, range(9), workers=2)))\n")
     done = subprocess.run([sys.executable, tmp_path/'script.py'], capture_output=True, text=True, timeout=60)
     assert done.returncode and "below `if __name__ == '__main__':`" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_file_is_whole_whenever_its_writer_is_killed(tmp_path):
+    code = ("import sys; from strip_notebooks.core import write_json\n"
+            "n = 0\nwhile True: n += 1; write_json(sys.argv[1] + '/a.json', [n]*50_000)")
+    seen = []
+    for turn in range(3):
+        child = start(code, tmp_path)
+        assert wait_for(lambda: (tmp_path/'a.json').exists() and read_json(tmp_path/'a.json')[0] > 2*turn)
+        time.sleep(.013*turn); child.kill(); child.communicate()
+        values = read_json(tmp_path/'a.json')
+        assert len(values) == 50_000 and len(set(values)) == 1
+        seen.append(values[0])
+    assert max(seen) > 2
 
 
 # --- the cache and what is in it ---
