@@ -75,12 +75,12 @@ def _cohort_rows(cohort, read):
     single = (centers < len(classes)).sum() if len(centers) > 1 else 0
     rows = [('classes', 'error' if len(classes) < 2 else 'warning' if few else 'ok', len(cohort), ', '.join(f'{n} patients of {c}' for c,n in classes.items()) + ('; fewer than 10 of a class allow no honest estimate.' if few else '.')),
             ('patients', 'ok', len(cohort), f'{len(cohort)} images of {len(patients)} patients, {images.min()}' + (f' to {images.max()} of each.' if images.min() < images.max() else ' of each.')),
-            ('centers', 'warning' if single else 'ok', len(cohort), f'{len(centers)} centers' + (f', {single} of them without patients of every class; the audit asks whether the center tells the label.' if single else '.'))]
+            ('centers', 'warning' if single else 'ok', len(cohort), f'{len(centers)} centers (' + ', '.join(f'{c}: {n}' for c,n in patients.center_id.value_counts().items()) + ' patients)' + (f', {single} of them without patients of every class; the audit asks whether the center tells the label.' if single else '.'))]
     if not len(read): rows += [(check, 'error', 0, 'Not known: there is no image to look at.') for check in ('formats', 'sizes', 'brightness')]
     else:
         formats,sizes,light = read.format.value_counts(), read.groupby(['height', 'width']).size(), read.brightness
         rows += [('formats', 'ok' if len(formats) == 1 else 'warning', len(read), ', '.join(f'{n} {f}' for f,n in formats.items()) + '.'),
-                 ('sizes', 'ok' if len(sizes) == 1 else 'warning', len(read), f'All images are {read.height.iloc[0]:.0f} x {read.width.iloc[0]:.0f} pixels.' if len(sizes) == 1 else f'The images have {len(sizes)} sizes; the audit asks whether size tells the label.'),
+                 ('sizes', 'ok' if len(sizes) == 1 else 'warning', len(read), f'All images are {read.height.iloc[0]:.0f} x {read.width.iloc[0]:.0f} pixels.' if len(sizes) == 1 else f'The images have {len(sizes)} sizes, most often {sizes.idxmax()[0]:.0f} x {sizes.idxmax()[1]:.0f} pixels ({sizes.max()} of {len(read)}); the audit asks whether size tells the label.'),
                  ('brightness', 'warning' if (odd := ((light < 10) | (light > 245)).sum()) else 'ok', len(read), f'The mean of an image is {light.min():.0f} to {light.max():.0f} of 255' + (f'; {odd} are nearly black or white.' if odd else '.'))]
     return [dict(zip(('check', 'verdict', 'images', 'sentence'), r)) for r in rows]
 
