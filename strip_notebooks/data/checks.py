@@ -50,8 +50,8 @@ def near_duplicates(
     return pd.DataFrame(dict(image_id_a=ids[a], image_id_b=ids[b], distance=d)).sort_values(['distance', 'image_id_a', 'image_id_b'], ignore_index=True)
 
 # %% ../../nbs/12_data.checks.ipynb #27a883d7
-def _image_rows(m, least_side):
-    "Which images are broken, blank, tiny or there twice?"
+def _image_rows(m, least_side, aside=False):
+    "Which images are broken (and set aside already), blank, tiny or there twice?"
     read = m[m.reason == '']
     plain = read.contrast < 3
     corrupt,blank,tiny = (m.reason != '').sum(), plain.sum(), (read[['height', 'width']].min(axis=1) < least_side).sum()
@@ -60,7 +60,7 @@ def _image_rows(m, least_side):
         if not looked_at: verdict,sentence = 'error',f'Whether one is {check} is not known: there is no image to look at.'
         elif not count: verdict,sentence = 'ok',f'No image is {check}.' if looked_at == len(m) else f'None of the {looked_at} images that could be asked is {check}.'
         return dict(check=check, verdict=verdict, images=int(count), sentence=sentence)
-    return [row('corrupt', len(m), corrupt, 'error', f'{corrupt} images cannot be read; set them aside with quarantine.'),
+    return [row('corrupt', len(m), corrupt, 'warning' if aside else 'error', f'{corrupt} images cannot be read; ' + ('they were set aside.' if aside else 'set them aside with quarantine.')),
             row('blank', len(read), blank, 'warning', f'{blank} images are of one colour all over.'),
             row('tiny', len(read), tiny, 'warning', f'{tiny} images are smaller than {least_side} pixels on a side.'),
             row('a near-duplicate', len(read) - blank, len(set(pairs.image_id_a) | set(pairs.image_id_b)), 'warning', f'{len(pairs)} pairs of images look the same; across patients or splits that is a leak.')]
@@ -75,7 +75,7 @@ def _cohort_rows(cohort, read):
     single = (centers < len(classes)).sum() if len(centers) > 1 else 0
     rows = [('classes', 'error' if len(classes) < 2 else 'warning' if few else 'ok', len(cohort), ', '.join(f'{n} patients of {c}' for c,n in classes.items()) + ('; fewer than 10 of a class allow no honest estimate.' if few else '.')),
             ('patients', 'ok', len(cohort), f'{len(cohort)} images of {len(patients)} patients, {images.min()}' + (f' to {images.max()} of each.' if images.min() < images.max() else ' of each.')),
-            ('centers', 'warning' if single else 'ok', len(cohort), f'{len(centers)} centers (' + ', '.join(f'{c}: {n}' for c,n in patients.center_id.value_counts().items()) + ' patients)' + (f', {single} of them without patients of every class; the audit asks whether the center tells the label.' if single else '.'))]
+            ('centers', 'warning' if single else 'ok', len(cohort), 'Centers: ' + ', '.join(f'{n} patients of {c}' for c,n in patients.center_id.value_counts().items()) + (f'; {single} of {len(centers)} are without patients of every class, and the audit asks whether the center tells the label.' if single else '.'))]
     if not len(read): rows += [(check, 'error', 0, 'Not known: there is no image to look at.') for check in ('formats', 'sizes', 'brightness')]
     else:
         formats,sizes,light = read.format.value_counts(), read.groupby(['height', 'width']).size(), read.brightness
@@ -87,12 +87,13 @@ def _cohort_rows(cohort, read):
 # %% ../../nbs/12_data.checks.ipynb #20f6f9ee
 def validate(
     cohort:pd.DataFrame,            # A cohort
-    measures:pd.DataFrame|None=None,# From `measure_images`; None measures
+    measures:pd.DataFrame|None=None,# From `measure_images`, with or without the images that were set aside; None measures those of the cohort
     least_side:int=64,              # Pixels below which an image is tiny
 )->pd.DataFrame:                    # check, verdict ('ok', 'warning' or 'error'), images, sentence
     "What a cohort is made of and what is unusual in it: corrupt, blank, tiny or repeated images, rare classes, odd centers, formats, sizes and brightness"
     m = measure_images(cohort) if measures is None else measures
-    return pd.DataFrame(_image_rows(m, least_side) + _cohort_rows(cohort, m[m.reason == '']))
+    aside = not m.index[m.reason != ''].isin(cohort.image_id).any()
+    return pd.DataFrame(_image_rows(m, least_side, aside) + _cohort_rows(cohort, m[m.reason == '']))
 
 # %% ../../nbs/12_data.checks.ipynb #acdf7453
 def validation_figure(
