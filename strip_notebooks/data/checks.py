@@ -58,7 +58,7 @@ def _image_rows(m, least_side, aside=False):
     pairs = near_duplicates(read.hash[~plain])
     def row(check, looked_at, count, verdict, sentence):
         if not looked_at: verdict,sentence = 'error',f'Whether one is {check} is not known: there is no image to look at.'
-        elif not count: verdict,sentence = 'ok',f'No image is {check}.' if looked_at == len(m) else f'None of the {looked_at} images that could be asked is {check}.'
+        elif not count: verdict,sentence = 'ok',f'No image is {check}.' if looked_at == len(m) else f'None of the {looked_at} images that can be looked at is {check}.'
         return dict(check=check, verdict=verdict, images=int(count), sentence=sentence)
     return [row('corrupt', len(m), corrupt, 'warning' if aside else 'error', f'{corrupt} images cannot be read; ' + ('they were set aside.' if aside else 'set them aside with quarantine.')),
             row('blank', len(read), blank, 'warning', f'{blank} images are of one colour all over.'),
@@ -75,7 +75,7 @@ def _cohort_rows(cohort, read):
     single = (centers < len(classes)).sum() if len(centers) > 1 else 0
     rows = [('classes', 'error' if len(classes) < 2 else 'warning' if few else 'ok', len(cohort), ', '.join(f'{n} patients of {c}' for c,n in classes.items()) + ('; fewer than 10 of a class allow no honest estimate.' if few else '.')),
             ('patients', 'ok', len(cohort), f'{len(cohort)} images of {len(patients)} patients, {images.min()}' + (f' to {images.max()} of each.' if images.min() < images.max() else ' of each.')),
-            ('centers', 'warning' if single else 'ok', len(cohort), 'Centers: ' + ', '.join(f'{n} patients of {c}' for c,n in patients.center_id.value_counts().items()) + (f'; {single} of {len(centers)} are without patients of every class, and the audit asks whether the center tells the label.' if single else '.'))]
+            ('centers', 'warning' if single else 'ok', len(cohort), ('The centers are not known' if set(centers.index) == {'unknown'} else 'Centers: ' + ', '.join(f'{n} patients of {c}' for c,n in patients.center_id.value_counts().items())) + (f'; {single} of {len(centers)} are without patients of every class, and the audit asks whether the center tells the label.' if single else '.'))]
     if not len(read): rows += [(check, 'error', 0, 'Not known: there is no image to look at.') for check in ('formats', 'sizes', 'brightness')]
     else:
         formats,sizes,light = read.format.value_counts(), read.groupby(['height', 'width']).size(), read.brightness

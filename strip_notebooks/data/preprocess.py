@@ -86,7 +86,7 @@ def macenko(
     angles = np.arctan2(*(tissue @ plane).T[::-1])
     ends = [plane @ (np.cos(a), np.sin(a)) for a in np.percentile(angles, [1, 99])]
     stains = np.array(sorted(ends, key=lambda v: -v[0]))                    # haematoxylin takes more red
-    amounts = np.linalg.lstsq(stains.T, density.T, rcond=None)[0]
+    amounts = np.linalg.pinv(stains.T) @ density.T
     most = np.percentile(amounts, 99, axis=1)
     if np.linalg.matrix_rank(stains, tol=.05) < 2 or (most < 1e-3).any(): return image, False
     painted = 240*np.exp(-(amounts*(macenko_concentrations/most)[:, None]).T @ macenko_stains)
