@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PredictionsError', 'classes_of', 'positive_class', 'check_predictions', 'make_predictions', 'save_predictions',
-           'load_predictions', 'aggregate_patients', 'patient_arrays']
+           'load_predictions', 'aggregate_patients', 'class_arrays', 'patient_arrays']
 
 # %% ../nbs/01_predictions.ipynb #6e21c9c2
 from pathlib import Path
@@ -131,11 +131,21 @@ def aggregate_patients(
     return out.reset_index()
 
 # %% ../nbs/01_predictions.ipynb #94f6c6ad
+def class_arrays(
+    predictions:pd.DataFrame,   # Predictions, by image or by patient
+    positive:str|None=None,     # The positive class; None takes the last in sorted order
+)->tuple:                       # y (N,) 0 or 1, p (N,) in 0 to 1
+    "Truth and rescaled probability of the positive class, row by row; `PredictionsError` if there are no rows"
+    positive = positive_class(predictions, positive)
+    if not len(predictions): raise PredictionsError('There are no predictions; is this part of the split empty?')
+    total = predictions[['p_' + c for c in classes_of(predictions)]].to_numpy(float).sum(1)
+    return (predictions.label == positive).to_numpy(int), predictions['p_' + positive].to_numpy(float)/total
+
 def patient_arrays(
     patients:pd.DataFrame,      # Predictions by patient
     positive:str|None=None,     # The positive class; None takes the last in sorted order
 )->tuple:                       # y (P,) 0 or 1, p (P,) in 0 to 1
-    "Truth and probability of the positive class; `PredictionsError` if a patient has several rows"
-    if patients.patient_id.duplicated().any(): raise PredictionsError('A patient has more than one row; make one of them with aggregate_patients.')
-    positive = positive_class(patients, positive)
-    return (patients.label == positive).to_numpy(int), patients['p_' + positive].to_numpy(float)
+    "The same of a table by patient; `PredictionsError` if a patient has several rows"
+    if patients.patient_id.duplicated().any():
+        raise PredictionsError('A patient has more than one row; aggregate the images, and take one repeat at a time.')
+    return class_arrays(patients, positive)

@@ -14,7 +14,7 @@ from strip_notebooks.metrics.compare import compare
 from strip_notebooks.metrics.operating import choose_threshold
 from strip_notebooks.metrics.scores import center_table, class_table, metric_names, metric_values, scikit_learn_values, scores
 from strip_notebooks.predictions import aggregate_patients, load_predictions, make_predictions, save_predictions
-from strip_notebooks.statistics import bootstrap_weights
+from strip_notebooks.statistics import Estimate, bootstrap_weights, delong_interval, delong_paired, permutation_p, wilson_interval
 
 FIGURES = [f for n in figures.__all__ if n != 'picture_figure' for f in [getattr(figures, n)]]
 
@@ -89,6 +89,39 @@ def test_the_other_class_as_positive_mirrors_the_table():
     assert b.attrs['positive'] == 'CE' and a.attrs['n_positive'] + b.attrs['n_positive'] == 80
 
 
+def test_the_competitions_metric_by_its_definition():
+    "With p rescaled to sum to 1 and clipped, also where single precision has rounded a sure answer to 1"
+    rows = [('CE', .9, .1), ('CE', 3e-8, 1.), ('CE', .50004, .49999), ('LAA', 0., 1.), ('LAA', 1., 0.)]
+    table = pd.DataFrame([dict(patient_id=f'p{k}', label=c, p_CE=a, p_LAA=b) for k,(c,a,b) in enumerate(rows)])
+    loss = {c: [-np.log(np.clip((a if c == 'CE' else b)/(a + b), 1e-15, 1 - 1e-15)) for k,a,b in rows if k == c] for c in ('CE', 'LAA')}
+    found = scores(table, train_prior=.5, n_resamples=20)
+    expected = (np.mean(loss['CE']) + np.mean(loss['LAA']))/2
+    np.testing.assert_allclose(found.value[['weighted_log_loss', 'weighted_log_loss_shifted']].astype(float), expected, rtol=1e-7)
+
+
+def test_delong_is_that_of_a_loop_over_all_pairs():
+    "One AUC, and two of the same patients, as DeLong, DeLong and Clarke-Pearson (1988) write the covariance"
+    y,p = answers(70, 1.2, 3)
+    q = np.round(p + np.random.default_rng(1).normal(0, .2, 70), 1)
+    def structural(r):
+        wins = np.array([[1. if a > b else .5 if a == b else 0. for b in r[y == 0]] for a in r[y == 1]])
+        return wins.mean(1), wins.mean(0)
+    a,b = structural(p), structural(q)
+    covariance = sum(np.cov(u, v)/len(u) for u,v in zip(a, b))
+    half = 1.959963984540054*np.sqrt(covariance[0, 0])
+    np.testing.assert_allclose(delong_interval(y, p), [a[0].mean(), max(0, a[0].mean() - half), min(1, a[0].mean() + half)], atol=1e-12)
+    difference,p_value = delong_paired(y, p, q)
+    z = (a[0].mean() - b[0].mean())/np.sqrt(covariance[0, 0] + covariance[1, 1] - 2*covariance[0, 1])
+    from scipy.stats import norm
+    np.testing.assert_allclose([difference.value, p_value], [a[0].mean() - b[0].mean(), 2*norm.sf(abs(z))], atol=1e-12)
+
+
+def test_the_permutation_test_is_never_zero():
+    y = np.repeat([0, 1], 40)
+    assert permutation_p(y, y.astype(float), 500) == 1/501
+    assert permutation_p(y, 1 - y.astype(float), 500) == 1
+
+
 # --- the way from predictions to a verdict ---
 
 def test_from_predictions_to_a_verdict(tmp_path):
@@ -120,10 +153,10 @@ def test_from_predictions_to_a_verdict(tmp_path):
 
     centers = center_table(back['test'], n_resamples=100)
     assert centers.patients.sum() == 150 and list(centers.center) == ['00', '01', '02']
-    classes = class_table(back['test'], n_resamples=100).set_index('class')
+    classes = class_table(back['test'], threshold=threshold, n_resamples=400).set_index('class')
     assert classes.patients.sum() == 150
-    half = scores(back['test'], n_resamples=100)
-    np.testing.assert_allclose([classes.found['LAA'].value, classes.found['CE'].value], half.value[['sensitivity', 'specificity']], atol=1e-12)
+    for c,column,metric in (('LAA', 'found', 'sensitivity'), ('CE', 'found', 'specificity'), ('LAA', 'precision', 'ppv'), ('CE', 'precision', 'npv'), ('CE', 'roc_auc', 'roc_auc')):
+        assert tuple(classes[column][c]) == tuple(table.loc[metric, ['value', 'low', 'high']])        # one table, seen from both sides
 
 
 def test_figures_show_the_numbers_of_the_table():
@@ -136,7 +169,8 @@ def test_figures_show_the_numbers_of_the_table():
             fig = draw(table, **({'n_resamples': 200} if 'n_resamples' in draw.__code__.co_varnames else {}))
             fig.canvas.draw()
         ax = fig.axes[0]
-        text[draw.__name__] = ' '.join([ax.get_title(), ax.get_xlabel(), ax.get_ylabel(), *(t.get_text() for t in ax.texts), *(t.get_text() for t in (ax.get_legend().get_texts() if ax.get_legend() else []))])
+        legend = [t.get_text() for t in ax.get_legend().get_texts()] if ax.get_legend() else []
+        text[draw.__name__] = ' '.join([ax.get_title(), ax.get_xlabel(), ax.get_ylabel(), *(t.get_text() for t in ax.texts + ax.get_xticklabels()), *legend])
         assert ax.get_xlabel() and ax.get_ylabel() and ('100' in text[draw.__name__] or 'patients' in text[draw.__name__])
         plt.close(fig)
     value,low,high = found.loc['roc_auc', ['value', 'low', 'high']]
@@ -157,6 +191,43 @@ def test_one_class_is_said_and_not_guessed():
         assert found.loc[['roc_auc', 'pr_auc', 'sensitivity'], 'value'].isna().all() and found.note['roc_auc'] == 'only one class is present'
         assert found.value['specificity'] == found.value['accuracy']
         for draw in FIGURES: plt.close(draw(table))
+
+
+def test_no_width_is_not_certainty():
+    "Where all resamples agree, a share gets Wilson's interval among its patients, at both levels"
+    table = predictions(40, seed=3)
+    right = (table.label == 'LAA').to_numpy()*.8 + .1
+    table = table.assign(p_LAA=right, p_CE=1 - right)
+    positives = table[table.label == 'LAA'].patient_id.nunique()
+    for level in ('patient', 'image'):
+        found = scores(table, level=level, n_resamples=50)
+        for metric,n in dict(sensitivity=positives, ppv=positives, specificity=40 - positives, npv=40 - positives, accuracy=40).items():
+            np.testing.assert_allclose(found.loc[metric, ['value', 'low', 'high']].astype(float), [1, *wilson_interval(n, n)], atol=1e-12)
+        assert str(Estimate(*found.loc['roc_auc', ['value', 'low', 'high']])) == '1.00 (same in every resample)'
+
+
+def test_no_patients_is_said():
+    table = predictions(20)[:0]
+    for level in ('patient', 'image'):
+        with pytest.raises(StripError, match='no predictions'): scores(table, level=level)
+
+
+def test_many_patients_take_little_memory():
+    "Blocks of resamples change no number, and hold no matrix of all images by all resamples"
+    import tracemalloc
+    table = predictions(3000, images=4)
+    tracemalloc.start()
+    scores(table, level='image', n_resamples=1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2*1000*len(table)*8                                       # all at once would take six such matrices
+
+
+def test_patients_without_a_center_are_not_left_out():
+    table = predictions(40)
+    table['center_id'] = np.where(table.patient_id.str[1:].astype(int) < 30, 'A', None)
+    centers = center_table(table, n_resamples=50).set_index('center')
+    assert centers.patients.to_dict() == {'A': 30, 'not given': 10}
 
 
 def test_a_few_patients_of_each_class():
@@ -185,6 +256,7 @@ def test_three_classes_are_scored_one_against_the_others():
     table = make_predictions(cohort, p, ['CE', 'LAA', 'Other'])
     from sklearn.metrics import roc_auc_score
     for c in ('CE', 'LAA', 'Other'): np.testing.assert_allclose(scores(table, positive=c, n_resamples=20).value['roc_auc'], roc_auc_score(table.label == c, table['p_' + c]), atol=1e-12)
-    assert class_table(table, n_resamples=20).patients.sum() == 90
+    classes = class_table(table, n_resamples=20)
+    assert classes.patients.sum() == 90 and all(e.value == 1 for e in classes.found)       # each label is the most probable class
     assert compare(table, table, n_resamples=20).verdict['roc_auc'] == 'not distinguishable'
     for draw in FIGURES: plt.close(draw(table))

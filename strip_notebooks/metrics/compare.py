@@ -21,6 +21,7 @@ def _matched(a, b, how):
     "Both tables by patient, over the same patients in the same order"
     if classes_of(a) != classes_of(b): raise StripError(f'The classes differ: {", ".join(classes_of(a))} and {", ".join(classes_of(b))}.')
     a,b = (aggregate_patients(t, how).set_index('patient_id') for t in (a, b))
+    if a.index.has_duplicates or b.index.has_duplicates: raise StripError('A patient has several repeats; compare one repeat at a time.')
     if len(a) != len(b) or set(a.index) != set(b.index):
         raise StripError(f'The two tables hold {len(a)} and {len(b)} patients, {len(set(a.index) & set(b.index))} of them in both; a paired comparison needs the same patients.')
     b = b.loc[a.index]

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import StripError, nearest
-from ..predictions import aggregate_patients, check_predictions, classes_of, patient_arrays, positive_class
-from ..statistics import Estimate, auc, bootstrap_weights, interval, prior_shift, weighted_log_loss
+from ..predictions import aggregate_patients, check_predictions, class_arrays, classes_of, patient_arrays, positive_class
+from ..statistics import Estimate, auc, bootstrap_weights, cumulative_counts, interval, prior_shift, weighted_log_loss, wilson_interval
 
 # %% ../../nbs/50_metrics.scores.ipynb #3e5c6cc8
 metric_names = ['roc_auc', 'pr_auc', 'accuracy', 'balanced_accuracy', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1', 'mcc',
@@ -36,17 +36,8 @@ def average_precision(
     weights=None,   # (B, N) copies of each row in each resample, or None
 ):                  # A float, or (B,); NaN without positives
     "Area under the precision-recall curve as a sum of steps (Davis and Goadrich 2006), of the data or of each resample"
-    y,p = np.asarray(y), np.asarray(p, float)
-    w = np.ones((1, len(y))) if weights is None else np.asarray(weights, float)
-    order = np.argsort(-p, kind='stable')
-    starts = np.flatnonzero(np.r_[True, np.diff(p[order]) != 0])
-    w = w[:, order]
-    called = np.add.reduceat(w, starts, axis=1).cumsum(1)
-    new = np.add.reduceat(w*y[order], starts, axis=1)
-    right = new.cumsum(1)
-    with np.errstate(invalid='ignore', divide='ignore'):
-        precision = np.where(called > 0, right/called, 0)
-        out = (new*precision).sum(1)/right[:, -1]
+    tp,fp = cumulative_counts(y, p, weights)
+    with np.errstate(invalid='ignore'): out = (np.diff(tp)*tp[:, 1:]/np.maximum(1, tp + fp)[:, 1:]).sum(1)/tp[:, -1]
     return float(out[0]) if weights is None else out
 
 # %% ../../nbs/50_metrics.scores.ipynb #ca4f2e69
@@ -119,9 +110,20 @@ def _arrays(predictions, level, how, positive):
         return y, p, np.arange(len(y)), y
     if level != 'image': raise StripError(f'level={level!r} is unknown{nearest(level, ["patient", "image"])}')
     predictions = check_predictions(predictions)
+    y,p = class_arrays(predictions, positive)
     who,_ = pd.factorize(predictions.patient_id, sort=True)                    # by id, so that the order of the rows changes no resample
-    y = (predictions.label == positive).to_numpy(int)
-    return y, predictions['p_' + positive].to_numpy(float), who, y[np.unique(who, return_index=True)[1]]
+    return y, p, who, y[np.unique(who, return_index=True)[1]]
+
+def _careful(rows, y, p, who, threshold):
+    "The intervals of `rows` with Wilson's for shares of 0 or 1, among as many patients as they rest on, and the calibration error's reflected"
+    called = p >= threshold
+    for n,among in dict(accuracy=y >= 0, sensitivity=y == 1, specificity=y == 0, ppv=called, npv=~called).items():
+        if (value := rows[n].value) in (0, 1):
+            patients = len(np.unique(who[among]))
+            rows[n] = Estimate(value, *wilson_interval(value*patients, patients))
+    e = rows['calibration_error']
+    rows['calibration_error'] = Estimate(e.value, max(0., 2*e.value - e.high), max(e.value, 2*e.value - e.low))
+    return rows
 
 _undefined = dict(ppv='no patient is called positive', npv='no patient is called negative', mcc='all calls or all labels are the same', weighted_log_loss_shifted='needs the training prior')
 
@@ -137,29 +139,37 @@ def scores(
 )->pd.DataFrame:                # Index metric; value, low, high (95 %), note; `attrs` hold positive, level, n, threshold
     "Every metric with its patient-clustered bootstrap interval; NaN with a note where one is undefined"
     y,p,who,patient_y = _arrays(predictions, level, how, positive)
-    weights = bootstrap_weights(patient_y, n_resamples, seed)[:, who]
-    here,resampled = metric_values(y, p, threshold, train_prior), metric_values(y, p, threshold, train_prior, weights)
-    rows = {n: interval(resampled[n], float(here[n][0])) for n in metric_names}
+    here = metric_values(y, p, threshold, train_prior)
+    blocks = np.array_split(bootstrap_weights(patient_y, n_resamples, seed), -(-n_resamples//100))        # so that memory stays small
+    drawn = [metric_values(y, p, threshold, train_prior, w[:, who]) for w in blocks]
+    rows = _careful({n: interval(np.concatenate([d[n] for d in drawn]), float(here[n][0])) for n in metric_names}, y, p, who, threshold)
     table = pd.DataFrame(rows, index=['value', 'low', 'high']).T.rename_axis('metric')
     one_class = y.min() == y.max()
     table['note'] = ['' if r.value == r.value else _undefined.get(n, '') if not one_class else 'only one class is present' for n,r in rows.items()]
-    table.attrs = dict(positive=positive_class(predictions, positive), level=level, n=len(y), n_positive=int(y.sum()), patients=len(patient_y), threshold=threshold, resamples=n_resamples)
+    table.attrs = dict(positive=positive_class(predictions, positive), level=level, n=len(y), n_positive=int(y.sum()), patients=len(patient_y),
+                       threshold=threshold, resamples=n_resamples)
     return table
 
 # %% ../../nbs/50_metrics.scores.ipynb #acdc8b3e
 def class_table(
     predictions:pd.DataFrame,   # Predictions of one split
     how:str='mean',             # How images become a patient
-    threshold:float=.5,         # For the positive class
+    threshold:float=.5,         # The last of two classes is called from here on
     n_resamples:int=2000,       # Resamples of patients
     seed:int=0,                 # Which resamples
 )->pd.DataFrame:                # A row a class: patients, found (sensitivity for it), precision, roc_auc, each an `Estimate`
     "How well each class is found, by patient"
-    rows,classes = [],classes_of(predictions)
-    for c in classes:
-        t = scores(predictions, how=how, threshold=threshold if c == classes[-1] else np.nextafter(1 - threshold, 2), n_resamples=n_resamples, seed=seed, positive=c)
-        rows.append(dict({'class': c, 'patients': t.attrs['n_positive']}, **{name: Estimate(*t.loc[m, ['value', 'low', 'high']]) for name,m in [('found', 'sensitivity'), ('precision', 'ppv'), ('roc_auc', 'roc_auc')]}))
-    return pd.DataFrame(rows)
+    patients,classes,draws = aggregate_patients(predictions, how), classes_of(predictions), dict(n_resamples=n_resamples, seed=seed)
+    if len(classes) == 2:
+        t = scores(patients, threshold=threshold, **draws)
+        found = {classes[0]: (t, 'specificity', 'npv', t), classes[1]: (t, 'sensitivity', 'ppv', t)}
+    else:
+        chosen = aggregate_patients(patients, 'vote')
+        found = {c: (scores(chosen, threshold=1, positive=c, **draws), 'sensitivity', 'ppv', scores(patients, positive=c, **draws)) for c in classes}
+    return pd.DataFrame([{'class': c, 'patients': int((patients.label == c).sum()), 'found': _estimate(t, share), 'precision': _estimate(t, precision),
+                          'roc_auc': _estimate(ranked, 'roc_auc')} for c,(t,share,precision,ranked) in found.items()])
+
+def _estimate(table, metric): return Estimate(*table.loc[metric, ['value', 'low', 'high']])
 
 # %% ../../nbs/50_metrics.scores.ipynb #88617329
 def center_table(
@@ -173,12 +183,12 @@ def center_table(
     "The metrics of each center; no estimate, and why, where a class has fewer than `least` patients"
     if 'center_id' not in predictions: raise StripError('The predictions have no center_id; without it there are no rows by center.')
     patients,rows = aggregate_patients(predictions, how),[]
-    by_center = dict(list(patients.groupby('center_id')))
+    by_center = dict(list(patients.groupby(patients.center_id.replace('', np.nan).fillna('not given'))))
     for center in sorted(by_center, key=lambda c: (not c.isdigit(), int(c) if c.isdigit() else 0, c)):
         group = by_center[center]
         counts = {c: int((group.label == c).sum()) for c in classes_of(predictions)}
         few = [f'{n} {c}' for c,n in counts.items() if n < least]
         t = None if few else scores(group, threshold=threshold, n_resamples=n_resamples, seed=seed)
-        estimates = {m: Estimate(*t.loc[m, ['value', 'low', 'high']]) if t is not None else Estimate(*[np.nan]*3) for m in ('roc_auc', 'sensitivity', 'specificity')}
+        estimates = {m: Estimate(*[np.nan]*3) if few else _estimate(t, m) for m in ('roc_auc', 'sensitivity', 'specificity')}
         rows.append(dict(center=center, patients=len(group), **counts, **estimates, note=f"too few: {' and '.join(few)}" if few else ''))
     return pd.DataFrame(rows)
