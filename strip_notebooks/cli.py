@@ -6,7 +6,7 @@
 __all__ = ['gather_parameters', 'run_command', 'runs_command', 'demo_command', 'parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #1277d198
-import argparse, logging, sys
+import argparse, logging, os, sys
 from pathlib import Path
 
 from .core import StripError
@@ -151,6 +151,7 @@ def main(
     if not args.call: return parser().print_help()
     try: args.call(args)
     except StripError as e: sys.exit(_say(e, 2))
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # a reader such as `head` has enough
     except OSError as e: sys.exit(_say(f'{e.filename or "the system"}: {e.strerror or e}.', 2))
     except KeyboardInterrupt as e:
         logging.getLogger('asyncio').setLevel(logging.CRITICAL)     # it would tell of the task that was cut off

@@ -1,5 +1,5 @@
 "The command line as a user has it: whole runs in processes of their own, wrong parameters, failures, a killed training"
-import fcntl, json, os, re, signal, subprocess, sys, time
+import fcntl, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -57,6 +57,8 @@ def test_runs_command_lists_and_compares(demo):
     folder, _ = demo
     assert clot('runs', cwd=folder).stdout.count('finished') == 4
     train = next((folder/'runs').glob('*-train-*')).name
+    reader = subprocess.run(f'"{CLOT[0]}" runs | true', shell=True, cwd=folder, capture_output=True, text=True)      # one that hears nothing
+    assert reader.stderr == ''
     assert re.search(rf'^{train} +finished +validation AUC [01]\.\d\d$', clot('runs', cwd=folder).stdout, flags=re.MULTILINE)
     said = clot('runs', train, train, cwd=folder)
     assert 'not distinguishable' in said.stdout, said.stderr
@@ -138,10 +140,12 @@ def test_a_csv_with_other_column_names_and_a_frozen_backbone(demo, tmp_path):
     folder, _ = demo
     cohort = pd.read_csv(next((folder/'data'/'synthetic').glob('*/cohort.csv')), dtype=str)
     cohort.rename(columns=dict(patient_id='subject', label='etiology')).drop(columns='center_id').to_csv(tmp_path/'mine.csv', index=False)
-    assert clot('run', 'prepare', '-p', 'data=mine.csv', '-p', 'size=48', cwd=tmp_path).returncode == 2     # patient_id is not there
     elsewhere = '--runs', 'my runs'
     prepared = clot('run', 'prepare', *elsewhere, '-p', 'data=mine.csv', '-p', 'columns=patient_id=subject,label=etiology', '-p', 'size=48', cwd=tmp_path)
     assert prepared.returncode == 0, prepared.stderr
     trained = clot('run', 'train', *elsewhere, '-p', 'arch=resnet18', '-p', 'epochs=1', '-p', 'trainable=head', '-p', 'label_smoothing=0.1', cwd=tmp_path)
     assert trained.returncode == 0 and 'resnet18, 11,' in trained.stdout, trained.stderr
     assert Run(sorted((tmp_path/'my runs').glob('*-train-*'))[-1]).metrics['epochs_run'] == 1
+    shutil.rmtree(tmp_path/'data')
+    evaluated = clot('run', 'evaluate', *elsewhere, cwd=tmp_path)
+    assert evaluated.returncode == 2 and 'is gone; `clot run prepare`' in evaluated.stderr
