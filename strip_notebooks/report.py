@@ -54,6 +54,7 @@ def result_sentences(
     counts:dict,        # Class -> patients in the test part
     positive:str,       # The positive class
     limit:dict|None=None, # The best AUC any model could reach on a synthetic cohort (`auc`), if known
+    centers:pd.DataFrame|None=None, # The table by center, with `center` and `roc_auc` (an Estimate each), if there is one
 )->list[str]:           # Sentences
     "What the patient AUC means, in plain words"
     value,low,high = auc
@@ -64,6 +65,8 @@ def result_sentences(
     else: said = ['The model tells the classes apart better than guessing on patients like these: the interval lies above chance (0.5).']
     width = f'with a 95 % interval from {low:.2f} to {high:.2f}' if low < high else 'the same in every resample, which is no measure of certainty'
     said.append(f'On {sum(counts.values())} test patients ({_listing(counts)}) the patient AUC for {positive} is {value:.2f}, {width}.')
+    if low > .5 and centers is not None and (not_there := [c.center for c in centers.itertuples() if c.roc_auc.low <= .5]):
+        said.insert(1, f"Not at every center: at {' and '.join(not_there)} the interval does not lie above chance. Look at the table by center.")
     few = {c: n for c,n in counts.items() if n < 5}
     if few: said.append(f'With only {_listing(few)} the interval itself is not to be relied on.')
     if high-low > .25: said.append(f'The interval is {high-low:.2f} wide: with so few patients little can be said about how well.')
@@ -123,7 +126,7 @@ def result_section(
     def table(name, caption, **types): return table_html(pd.read_csv(folder/'tables'/f'{name}.csv', keep_default_na=False, **types), caption)
     return html('''<h2 id="results">The results, by patient</h2><p>The positive class is <strong>{{ m.positive }}</strong>. A patient's answer is {{ answer }} the answers for their images,
 and is called {{ m.positive }} from {{ '%.3f' | format(m.threshold) }} on, an operating point that was chosen on the validation part ({{ m.rule }}) and applied to the test part.
-Intervals are 95 %, from {{ m.resamples }} bootstrap resamples of patients within each class; for shares of 0 or 1 Wilson's. The calibration error's is rough.</p>
+Intervals are 95 %, from {{ m.resamples }} bootstrap resamples of patients within each class, and Wilson's for shares of 0 or 1; that of the calibration error is rough.</p>
 {{ scores }}{{ classes }}<div class="grid">{% for f in figures %}{{ f }}{% endfor %}</div><h3>By center</h3>{{ centers }}''',
         m=m, answer=answer, scores=table('patient_scores', 'The test part; log losses, Brier score and calibration error are better when lower', dtype=str),
         classes=table('classes', 'Each class in its turn: the share of its patients that was found, and of those called so, the share that was right', dtype={'class': str}),
@@ -166,7 +169,7 @@ def limits_section(
 # %% ../nbs/95_report.ipynb #932d4906
 page_style = '''body { font: 16px/1.55 system-ui, sans-serif; color: #1b1f24; max-width: 60rem; margin: 2rem auto; padding: 0 1.2rem }
 h1 { line-height: 1.2; margin-bottom: .2rem } h2 { margin-top: 2.6rem; border-bottom: 1px solid #d0d7de; padding-bottom: .2rem }
-.lead { color: #57606a; margin-top: 0 } nav a { margin-right: 1rem } a { color: #0a58a8 }
+.lead { color: #57606a; margin-top: 0 } nav { display: flex; flex-wrap: wrap; gap: 0 1rem } a { color: #0a58a8 }
 .result { border-left: 5px solid #0072B2; background: #f2f7fb; padding: .6rem 1.1rem; margin: 1.2rem 0 } .result p:first-child { font-size: 1.15rem }
 .warn { border-left: 5px solid #D55E00; background: #fdf3ec; padding: .6rem 1.1rem; margin: 1.2rem 0 }
 figure { margin: 1rem 0 } img { max-width: 100%; height: auto } figcaption, caption { color: #57606a; font-size: .9rem; text-align: left; padding: .2rem 0 }

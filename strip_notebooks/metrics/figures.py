@@ -163,7 +163,7 @@ def decision_figure(
     ax.plot(t, model, color=color, label='act on the model')
     ax.plot(t, everyone, color='k', ls='--', lw=1, label='act on everyone')
     ax.axhline(0, color='.5', ls=':', label='act on no one')
-    top = max(.05, y.mean())*1.6
+    top = max(.05, y.mean())*1.2
     ax.set(xlabel=f'act from this probability of {positive} on', ylabel='net benefit, a patient', ylim=(-top/2, top), xlim=(0, .8))
     ax.set_title(f'{y.sum()} {positive} of {len(y)} patients', fontsize=10)
     fig.legend(frameon=False, fontsize=8, loc='outside lower center', ncols=2)
