@@ -6,7 +6,7 @@ import pytest
 
 from strip_notebooks.data.cohort import cohort_from_folder, read_cohort
 from strip_notebooks.data.formats import read_image
-from strip_notebooks.data.synthetic import components, formats, make_cohort, read_truth
+from strip_notebooks.data.synthetic import artefacts, components, formats, make_cohort, plan_cohort, read_truth
 
 script = """
 import sys
@@ -23,7 +23,7 @@ def drawn(tmp_path_factory):
 def contents(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and p.name != 'cohort.csv'}
 
 def test_killed_pool_is_completed_to_the_same_bytes(drawn, tmp_path):
-    "A pool of spawned processes that was killed in the middle leaves whole files, and a second call makes the rest"
+    "A pool of spawned processes that was killed in the middle leaves whole files; two calls at once make the rest, once each or twice alike"
     folder, program = tmp_path/'pool', tmp_path/'draw.py'
     program.write_text(script)
     process = subprocess.Popen([sys.executable, program, folder], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -33,7 +33,8 @@ def test_killed_pool_is_completed_to_the_same_bytes(drawn, tmp_path):
     process.wait()
     done = {p: p.stat().st_mtime_ns for p in folder.glob('images/*/*/P*.png')}
     assert 0 < len(done) < len(drawn[1])
-    subprocess.run([sys.executable, program, folder], check=True, capture_output=True)
+    both = [subprocess.Popen([sys.executable, program, folder], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [p.wait() for p in both] == [0, 0]
     assert all(p.stat().st_mtime_ns == t for p, t in done.items())
     for part in folder.rglob('.*-*'): part.unlink()     # what the killed writer had begun
     assert contents(folder) == contents(drawn[0])
@@ -50,6 +51,7 @@ def test_the_cohort_readers_agree(drawn):
 def test_every_lossless_format_holds_the_same_pixels(drawn, tmp_path, format):
     png = make_cohort(tmp_path/'png', 'null', n_patients=8, size=64, seed=2, workers=1)
     other = make_cohort(tmp_path/'other', 'null', n_patients=8, size=64, seed=2, format=format, workers=1)
+    assert read_truth(tmp_path/'png').equals(read_truth(tmp_path/'other'))
     for a, b in zip(png.path, other.path): np.testing.assert_array_equal(read_image(a), read_image(b))
 
 def test_truth_explains_the_picture(drawn):
@@ -60,3 +62,23 @@ def test_truth_explains_the_picture(drawn):
     np.testing.assert_allclose(truth[list(components)].sum(axis=1), 1)
     red = [np.mean(i[..., 2] < .75*i[..., 0]) for i in map(read_image, cohort.path)]
     assert np.corrcoef(red, truth.red_cells*truth.tissue)[0, 1] > .9
+
+def test_tiff_is_tiled(tmp_path):
+    import tifffile
+    cohort = make_cohort(tmp_path/'tif', 'easy', n_patients=8, size=160, format='tif', workers=1)
+    with tifffile.TiffFile(cohort.path[0]) as tiff: assert tiff.pages[0].is_tiled and tiff.pages[0].shape == (160, 160, 3)
+
+@pytest.mark.parametrize('preset', ['null', 'confounded'])
+def test_nothing_in_the_plan_tells_the_label_but_the_center_of_confounded(preset):
+    "Order, number of images, artefact, composition and size, each alone: an AUC within four standard errors of one half"
+    plan = plan_cohort(preset, 20_000, 512, seed=3)
+    patients = plan.groupby('patient_id', sort=False).agg(
+        label=('label', 'first'), center=('center_id', 'first'), images=('label', 'size'), size=('size', 'first'), **{c: (c, 'mean') for c in components})
+    laa = (patients.label == 'LAA').to_numpy()
+    scores = dict(order=np.arange(len(patients)), images=patients.images, size=patients['size'],
+                  **{f'center {c}': patients.center == str(c) for c in range(1, 12)},
+                  **{a: plan.artefact.eq(a).groupby(plan.patient_id, sort=False).mean() for a in artefacts}, **{c: patients[c] for c in components})
+    from sklearn.metrics import roc_auc_score
+    found = {k: abs(roc_auc_score(laa, s) - .5) > 4*np.sqrt(len(laa)/12/laa.sum()/(~laa).sum()) for k, s in scores.items()}
+    telling = {k.split()[0] for k, told in found.items() if told}
+    assert telling == ({'center', 'size'} if preset == 'confounded' else set())

@@ -6,11 +6,11 @@
 __all__ = ['components', 'class_values', 'mild', 'even', 'stark', 'pooled', 'presets', 'center_share', 'prior', 'image_counts',
            'latent_correlation', 'within_share', 'base_dyes', 'artefacts', 'artefact_rate', 'formats',
            'generator_version', 'SyntheticError', 'Preset', 'preset_named', 'to_fractions', 'to_latent',
-           'latent_normal', 'composition_model', 'draw_composition', 'log_likelihood_ratio', 'center_probabilities',
+           'latent_normal', 'composition_model', 'draw_composition', 'center_probabilities', 'log_likelihood_ratio',
            'best_auc', 'bayes_auc', 'smooth_noise', 'PatientStyle', 'draw_style', 'draw_tissue', 'cell_unit',
-           'cell_lattice', 'place_white_cells', 'layer_fields', 'draw_truth', 'fibres', 'cell_texture', 'draw_dyes',
-           'Stain', 'center_stain', 'apply_stain', 'add_artefact', 'render_clot', 'draw_patients', 'plan_cohort',
-           'read_truth', 'read_truth_map', 'measure_truth', 'oracle_scores', 'make_cohort']
+           'cell_lattice', 'place_white_cells', 'layer_fields', 'draw_truth', 'measure_truth', 'fibres', 'cell_texture',
+           'draw_dyes', 'Stain', 'center_stain', 'apply_stain', 'add_artefact', 'render_clot', 'draw_patients',
+           'plan_cohort', 'read_truth', 'read_truth_map', 'make_cohort']
 
 # %% ../../nbs/13_data.synthetic.ipynb #b6c1d062
 import json
@@ -22,18 +22,17 @@ import numpy as np
 import pandas as pd
 import cv2
 
-from ..core import StripError, atomic_path, cpu_count, derive_seed, nearest, progress, read_json, write_csv, write_json
+from ..core import StripError, atomic_path, derive_seed, nearest, parallel_map, read_json, write_csv, write_json
 from .cohort import save_cohort
 from .formats import write_image
 
-# %% ../../nbs/13_data.synthetic.ipynb #66903cdc
+# %% ../../nbs/13_data.synthetic.ipynb #8dbe7bbc
 components = ('red_cells', 'platelets', 'fibrin', 'white_cells')
 class_values = dict(background=0, red_cells=1, platelets=2, fibrin=3, white_cells=4)
 
 class SyntheticError(StripError):
     "The synthetic cohort was asked for something that it cannot be"
 
-# %% ../../nbs/13_data.synthetic.ipynb #566ba7d5
 @dataclass(frozen=True)
 class Preset:
     "What a synthetic cohort is made of: per label the (mean, SD) of red cells, platelets and white cells in per cent, and the centers"
@@ -54,15 +53,16 @@ center_share = (.07, .036, .065, .15, .052, .05, .13, .021, .021, .06, .345)
 prior = .28
 image_counts = {1: 543, 2: 68, 3: 13, 4: 4, 5: 4}
 
-# %% ../../nbs/13_data.synthetic.ipynb #b126fe3d
 def preset_named(
     name:str,               # 'easy', 'realistic', 'null' or 'confounded'
     red_cell_shift:float=0.,# Percentage points added to the mean of red cells in CE, -10 to 0; only for 'realistic'
 )->Preset:
     "The preset, with the red-cell dial turned"
     if name not in presets: raise SyntheticError(f'There is no preset {name!r}{nearest(name, presets)}')
-    if not -10 <= red_cell_shift <= 0: raise SyntheticError(f'red_cell_shift={red_cell_shift} is outside -10 to 0 percentage points; choose one inside.')
-    if red_cell_shift and name != 'realistic': raise SyntheticError(f'red_cell_shift={red_cell_shift} turns only the realistic preset, not {name!r}; leave it at 0.')
+    if not -10 <= red_cell_shift <= 0:
+        raise SyntheticError(f'red_cell_shift={red_cell_shift} is outside -10 to 0 percentage points; choose one inside.')
+    if red_cell_shift and name != 'realistic':
+        raise SyntheticError(f'red_cell_shift={red_cell_shift} turns only the realistic preset, not {name!r}; leave it at 0.')
     p = presets[name]
     (red, sd), *others = p.composition['CE']
     return Preset(dict(CE=((red + red_cell_shift, sd), *others), LAA=p.composition['LAA']), p.center_prevalence, p.varied_size)
@@ -83,7 +83,6 @@ def to_latent(
     f = np.log(fractions)
     return f[..., [0, 1, 3]] - f[..., [2]]
 
-# %% ../../nbs/13_data.synthetic.ipynb #6d26d12e
 @lru_cache
 def _normal_points(n):
     "2**n quasi-random standard normal points in three dimensions"
@@ -106,11 +105,12 @@ def latent_normal(
         return (np.r_[f.mean(0), f.std(0)] - target)/[1, 1, .3, 1, 1, .3]
     means = target[:3]/max(100 - target[:3].sum(), 1e-3)
     fit = least_squares(misfit, np.r_[np.log(means), 0, 0, 0])
-    if target[:3].sum() >= 100 or np.abs(fit.fun).max() > .1: raise SyntheticError(f'No clot has the moments {moments}: red cells, platelets and white cells leave no room for fibrin.')
+    if target[:3].sum() >= 100 or np.abs(fit.fun).max() > .1:
+        raise SyntheticError(f'No clot has the moments {moments}: red cells, platelets and white cells leave no room for fibrin.')
     sd = np.exp(fit.x[3:])
     return fit.x[:3], latent_correlation*np.outer(sd, sd)
 
-# %% ../../nbs/13_data.synthetic.ipynb #b9ddc955
+# %% ../../nbs/13_data.synthetic.ipynb #6d26d12e
 within_share = .2   # Share of the log ratios' variance that lies between the images of one patient
 
 @lru_cache
@@ -123,7 +123,6 @@ def composition_model(
     within = within_share*sum(c for _, c in normals.values())/len(normals)
     return {l: m for l, (m, _) in normals.items()}, {l: c - within for l, (_, c) in normals.items()}, within
 
-# %% ../../nbs/13_data.synthetic.ipynb #4676e461
 def draw_composition(
     labels,                 # (P,) 'CE' or 'LAA' of each patient
     n_images,               # (P,) images of each patient
@@ -138,7 +137,19 @@ def draw_composition(
     images = np.repeat(patients, n_images, 0)
     return to_fractions(images + rng.standard_normal(images.shape) @ np.linalg.cholesky(within).T)
 
-# %% ../../nbs/13_data.synthetic.ipynb #be0d8bd3
+def center_probabilities(
+    preset:str='easy',  # Name of a preset
+)->dict:                # {label: (11,) probability of each center}
+    "Where patients of each label come from: unequal centers, with the preset's prevalences scaled to the prior"
+    share, p = np.array(center_share), np.array(preset_named(preset).center_prevalence)
+    share = share/share.sum()
+    from scipy.optimize import brentq
+    logit = np.log(p/(1 - p))
+    scaled = lambda b: 1/(1 + np.exp(-logit - b))
+    p = scaled(brentq(lambda b: share @ scaled(b) - prior, -20, 20))
+    return dict(CE=share*(1 - p)/(1 - prior), LAA=share*p/prior)
+
+# %% ../../nbs/13_data.synthetic.ipynb #b9ddc955
 def log_likelihood_ratio(
     latent_mean:np.ndarray, # (..., 3) mean of the log ratios of a patient's images
     n_images:int,           # How many images the patient has
@@ -152,20 +163,6 @@ def log_likelihood_ratio(
         return -.5*(np.einsum('...i,ij,...j', d, np.linalg.inv(c), d) + np.linalg.slogdet(c)[1])
     return log_density('LAA') - log_density('CE')
 
-# %% ../../nbs/13_data.synthetic.ipynb #e7267462
-def center_probabilities(
-    preset:str='easy',  # Name of a preset
-)->dict:                # {label: (11,) probability of each center}
-    "Where patients of each label come from: unequal centers, with the preset's prevalences scaled to the prior"
-    share, p = np.array(center_share), np.array(preset_named(preset).center_prevalence)
-    share = share/share.sum()
-    from scipy.optimize import brentq
-    logit = np.log(p/(1 - p))
-    scaled = lambda b: 1/(1 + np.exp(-logit - b))
-    p = scaled(brentq(lambda b: share @ scaled(b) - prior, -20, 20))
-    return dict(CE=share*(1 - p)/(1 - prior), LAA=share*p/prior)
-
-# %% ../../nbs/13_data.synthetic.ipynb #dca7e365
 def _weighted_auc(negative, positive, w_negative, w_positive):
     "The AUC of weighted scores, ties counting half"
     scores = np.r_[negative, positive]
@@ -191,7 +188,6 @@ def best_auc(
         scores[label], weights[label] = s, w
     return _weighted_auc(scores['CE'], scores['LAA'], weights['CE'], weights['LAA'])
 
-# %% ../../nbs/13_data.synthetic.ipynb #cf00cafe
 def bayes_auc(
     preset:str='easy',      # Name of a preset
     red_cell_shift:float=0.,# Percentage points added to the mean of red cells in CE; only for 'realistic'
@@ -223,7 +219,7 @@ def smooth_noise(
         total += cv2.resize(cv2.warpAffine(field, turn, (small, small)), (size, size), interpolation=cv2.INTER_CUBIC)/2**k
     return (total - total.mean())/total.std()
 
-# %% ../../nbs/13_data.synthetic.ipynb #3a0a41d4
+# %% ../../nbs/13_data.synthetic.ipynb #f14e50c5
 @dataclass(frozen=True)
 class PatientStyle:
     "What the images of one patient have in common beside their composition"
@@ -248,7 +244,6 @@ def draw_style(
     return PatientStyle(u(0, np.pi), u(28, 80), u(.15, .9), u(40, 110), u(4.2, 5.8), u(1, 2.3), u(.42, .66), u(0, .035),
                         u(-1, 1), u(-1, 1), u(.75, 1.3), u(1.4, 3.2))
 
-# %% ../../nbs/13_data.synthetic.ipynb #2d8c85a6
 def draw_tissue(
     rng,                # NumPy generator
     size:int,           # Side in pixels
@@ -272,7 +267,7 @@ def draw_tissue(
     holes = -smooth_noise(rng, size, size/28)
     return tissue & (split > np.quantile(split, style.cracks)) & (holes > np.quantile(holes, .006))
 
-# %% ../../nbs/13_data.synthetic.ipynb #383cdfbe
+# %% ../../nbs/13_data.synthetic.ipynb #3a0a41d4
 def cell_unit(
     size:int,   # Side of the picture in pixels
 )->float:       # Pixels for what is one pixel long at 512
@@ -295,7 +290,6 @@ def cell_lattice(
     index[label[tuple(centres.T)]] = np.arange(len(centres))
     return centres, distance, index[label]
 
-# %% ../../nbs/13_data.synthetic.ipynb #2231ad62
 def _top(values, allowed, n):
     "A mask of the `n` allowed pixels with the highest values"
     where = np.flatnonzero(allowed)
@@ -326,7 +320,7 @@ def place_white_cells(
     seeds[tuple(chosen.T)] = True
     return _top(-_distance(seeds) - .25*radius*smooth_noise(rng, size, 1.2*radius), tissue, area)
 
-# %% ../../nbs/13_data.synthetic.ipynb #eef40189
+# %% ../../nbs/13_data.synthetic.ipynb #2d8c85a6
 def layer_fields(
     rng,                # NumPy generator
     tissue:np.ndarray,  # (size, size) bool
@@ -345,7 +339,6 @@ def layer_fields(
     pale -= .8*style.lamination*np.cos(4*np.pi*across + 1.3*smooth_noise(rng, size, size/4, 2)) + .8*np.exp(-(strands/.08)**2)
     return lakes, pale
 
-# %% ../../nbs/13_data.synthetic.ipynb #ddcc2688
 def draw_truth(
     rng,                    # NumPy generator
     fractions:np.ndarray,   # (4,) in the order of `components`, sum 1
@@ -367,7 +360,15 @@ def draw_truth(
     for name, mask in (('red_cells', red_mask), ('platelets', platelet_mask), ('white_cells', nuclei)): truth[mask] = class_values[name]
     return truth, lattice
 
-# %% ../../nbs/13_data.synthetic.ipynb #28909050
+def measure_truth(
+    truth:np.ndarray,   # (H, W) uint8 in `class_values`
+)->dict:                # tissue: share of the picture; each component: share of the clot
+    "The fractions that a truth map shows"
+    counts = np.bincount(truth.ravel(), minlength=len(class_values))
+    clot = counts[1:].sum()
+    return dict(tissue=clot/truth.size, **{c: counts[class_values[c]]/clot for c in components})
+
+# %% ../../nbs/13_data.synthetic.ipynb #383cdfbe
 def fibres(
     rng,                # NumPy generator
     direction:np.ndarray,   # (size, size) angle of the fibres, radians
@@ -385,7 +386,6 @@ def fibres(
         field = (ahead + behind)/2
     return (field - field.mean())/field.std()
 
-# %% ../../nbs/13_data.synthetic.ipynb #3f6d5e77
 def _soft(mask, sigma):
     "A mask with blurred edges"
     return cv2.GaussianBlur(mask.astype(np.float32), (0, 0), sigma)
@@ -401,7 +401,6 @@ def cell_texture(
     disc = np.clip(1.18 - .42*np.clip(r, .5, 1.4)**3, .35, 1.1)*(1 - .15*np.exp(-(r/.45)**2))
     return disc*np.exp(.12*rng.standard_normal(len(centres)))[index]
 
-# %% ../../nbs/13_data.synthetic.ipynb #64c7327a
 def draw_dyes(
     rng,                # NumPy generator
     truth:np.ndarray,   # (size, size) uint8 truth map
@@ -447,7 +446,6 @@ def center_stain(
     dyes = base_dyes*np.exp(rng.normal(0, [[.10], [.10], [.09], [0]], (4, 3)))
     return Stain(tuple(map(tuple, dyes)), tuple(np.exp(rng.normal(0, [.16, .16, .12, 0]))), tuple(glass + rng.normal(0, 2, 3)))
 
-# %% ../../nbs/13_data.synthetic.ipynb #885880e3
 def apply_stain(
     dyes:np.ndarray,    # (size, size, 4) amounts
     stain:Stain,        # The center's stain
@@ -459,7 +457,7 @@ def apply_stain(
     glow = 1 + .012*smooth_noise(rng, size, size/2)
     return np.array(stain.background, np.float32)*np.exp(-absorbed)*glow[..., None]
 
-# %% ../../nbs/13_data.synthetic.ipynb #a030c5d1
+# %% ../../nbs/13_data.synthetic.ipynb #885880e3
 artefacts = ('pen', 'fold', 'bubble', 'blur')
 artefact_rate = .03     # Of each kind, an image
 
@@ -484,7 +482,6 @@ def _bubble(light, rng):
     edge = 2.5*size/512
     return (light + .25*(250 - light)/(1 + np.exp(np.clip(outside/edge, -30, 30))))*(1 - .55*np.exp(-(outside/edge)**2))
 
-# %% ../../nbs/13_data.synthetic.ipynb #5b235f2b
 def add_artefact(
     light:np.ndarray,   # (size, size, 3) float32, 0 to 255
     kind:str,           # 'none', or one of `artefacts`
@@ -501,7 +498,6 @@ def add_artefact(
     ink = np.array([(40, 60, 150), (30, 110, 70), (40, 40, 45)][rng.integers(3)], np.float32)
     return light*(1 - mark) + mark*ink*(light/245)**.3
 
-# %% ../../nbs/13_data.synthetic.ipynb #cca1f2d4
 def render_clot(
     fractions:np.ndarray,   # (4,) in the order of `components`, sum 1
     style:PatientStyle,     # The patient's look
@@ -511,7 +507,8 @@ def render_clot(
     artefact:str='none',    # 'none', or one of `artefacts`
 )->tuple:                   # Picture (size, size, 3) uint8 RGB; truth map (size, size) uint8 in `class_values`
     "A section of a clot with this composition, and the truth map it was made from"
-    if len(fractions) != 4 or np.min(fractions) < 0 or abs(np.sum(fractions) - 1) > 1e-6: raise SyntheticError(f'The fractions {np.round(fractions, 3).tolist()} of {components} are not four shares that sum to 1.')
+    if len(fractions) != 4 or np.min(fractions) < 0 or abs(np.sum(fractions) - 1) > 1e-6:
+        raise SyntheticError(f'The fractions {np.round(fractions, 3).tolist()} of {components} are not four shares that sum to 1.')
     if size < 64: raise SyntheticError(f'size={size} is too small to draw cells in; take 64 or more.')
     rng = np.random.default_rng(seed)
     truth, lattice = draw_truth(rng, np.asarray(fractions, float), style, size)
@@ -520,7 +517,7 @@ def render_clot(
     light += rng.normal(0, 2, light.shape).astype(np.float32)
     return light.round().clip(0, 255).astype(np.uint8), truth
 
-# %% ../../nbs/13_data.synthetic.ipynb #4468e9ee
+# %% ../../nbs/13_data.synthetic.ipynb #da975f2e
 def draw_patients(
     n_patients:int,     # How many, 8 or more
     preset:str='easy',  # Name of a preset
@@ -528,8 +525,10 @@ def draw_patients(
     images_per_patient:int|None=None, # A fixed number for every patient; None takes the STRIP counts
 )->pd.DataFrame:        # A row a patient: patient_id, label, center_id, n_images
     "Patients with the prior share of LAA, the STRIP counts of images and the preset's centers"
-    if n_patients < 8: raise SyntheticError(f'n_patients={n_patients} is too few for two labels and several images a patient; take 8 or more.')
-    if images_per_patient is not None and images_per_patient < 1: raise SyntheticError(f'images_per_patient={images_per_patient} leaves no image; take 1 or more, or None for the STRIP counts.')
+    if n_patients < 8:
+        raise SyntheticError(f'n_patients={n_patients} is too few for two labels and several images a patient; take 8 or more.')
+    if images_per_patient is not None and images_per_patient < 1:
+        raise SyntheticError(f'images_per_patient={images_per_patient} leaves no image; take 1 or more, or None for the STRIP counts.')
     rng = np.random.default_rng(derive_seed(seed, 'patients'))
     laa = round(prior*n_patients)
     labels = rng.permutation(np.repeat(['CE', 'LAA'], [n_patients - laa, laa]))
@@ -542,7 +541,6 @@ def draw_patients(
     ids = [f'P{i:0{max(3, len(str(n_patients)))}d}' for i in range(1, n_patients + 1)]
     return pd.DataFrame(dict(patient_id=ids, label=labels, center_id=centers, n_images=counts))
 
-# %% ../../nbs/13_data.synthetic.ipynb #3462641e
 def plan_cohort(
     preset:str='easy',      # Name of a preset
     n_patients:int=240,     # How many
@@ -560,46 +558,37 @@ def plan_cohort(
     plan['artefact'] = rng.choice(['none', *artefacts], len(plan), p=rates)
     shrink = 1 - .03*plan.center_id.astype(int) if preset_named(preset).varied_size else 1.
     plan['size'] = np.round(size*shrink*np.ones(len(plan))).astype(int)
-    if plan['size'].min() < 64: raise SyntheticError(f"size={size} makes pictures of {plan['size'].min()} pixels, too small to draw cells in; take {np.ceil(64*size/plan['size'].min()):.0f} or more.")
+    least = plan['size'].min()
+    if least < 64:
+        raise SyntheticError(f'size={size} makes pictures of {least} pixels, too small to draw cells in; take {np.ceil(64*size/least):.0f} or more.')
     plan[list(components)] = draw_composition(patients.label, patients.n_images, preset, red_cell_shift, seed)
     return plan[['image_id', 'patient_id', 'label', 'center_id', 'artefact', 'size', *components]]
 
-# %% ../../nbs/13_data.synthetic.ipynb #fd439258
+# %% ../../nbs/13_data.synthetic.ipynb #c788f769
 formats = ('png', 'jpg', 'npy', 'dcm', 'nii', 'nii.gz', 'tif')
 
-def _write_case(case):
-    "Draw one image of a plan and write its truth map, then the picture"
-    cv2.setNumThreads(1)
+def _draw_case(case):
+    "The picture and the truth map of one row of a plan"
     style = draw_style(np.random.default_rng(derive_seed(case['seed'], 'patient', case['patient_id'])))
-    image, truth = render_clot(np.array([case[c] for c in components]), style, center_stain(int(case['center_id'])),
-                               case['size'], derive_seed(case['seed'], 'image', case['image_id']), case['artefact'])
+    return render_clot(np.array([case[c] for c in components]), style, center_stain(int(case['center_id'])),
+                       case['size'], derive_seed(case['seed'], 'image', case['image_id']), case['artefact'])
+
+def _write_case(case):
+    "Draw one row of a plan and write its truth map, then the picture"
+    image, truth = _draw_case(case)
     with atomic_path(case['truth_path']) as p: cv2.imwrite(str(p), truth)
     write_image(case['path'], image)
-    return case['image_id']
 
-def _write_cases(cases, workers):
-    "Draw the cases, in this process if there are few, else in a pool of spawned ones"
-    if not cases: return
-    if workers == 1 or len(cases) < 8:
-        for case in progress(cases, 'Drawing clots'): _write_case(case)
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-    with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
-        for _ in progress(pool.map(_write_case, cases, chunksize=4), 'Drawing clots', len(cases)): pass
-
-# %% ../../nbs/13_data.synthetic.ipynb #e7a9a045
 def _claim(folder, settings):
     "Make the folder this cohort's own, or refuse one that holds something else"
-    file = folder/'settings.json'
-    if file.exists():
-        found = read_json(file)
-        other = [k for k in {**settings, **found} if settings.get(k) != found.get(k)]
-        if other: raise SyntheticError(f'{folder} holds a synthetic cohort with other settings ({", ".join(f"{k}={found.get(k)!r}" for k in other)}); choose another folder.')
-    elif folder.exists() and any(not f.name.startswith('.') for f in folder.iterdir()): raise SyntheticError(f'{folder} is not empty and holds no synthetic cohort; choose another folder.')
-    else: write_json(file, settings)
+    file, names = folder/'settings.json', {f.name for f in folder.glob('[!.]*')}
+    if not names: write_json(file, settings)
+    elif file.name not in names: raise SyntheticError(f'{folder} is not empty and holds no synthetic cohort; choose another folder.')
+    found = read_json(file)
+    other = ', '.join(f'{k}={found.get(k)!r}' for k in {**settings, **found} if settings.get(k) != found.get(k))
+    if other: raise SyntheticError(f'{folder} holds a synthetic cohort with other settings ({other}); choose another folder.')
 
-# %% ../../nbs/13_data.synthetic.ipynb #78873083
+# %% ../../nbs/13_data.synthetic.ipynb #4468e9ee
 def read_truth(
     folder,             # Folder of a synthetic cohort
 )->pd.DataFrame:        # image_id, artefact, tissue (share of the picture), and the fractions of the clot measured on the truth map
@@ -611,36 +600,10 @@ def read_truth_map(
     image_id:str,       # One of its images
 )->np.ndarray:          # (H, W) uint8 in `class_values`
     "The component at each pixel of an image"
-    truth = cv2.imread(str(Path(folder)/'truth'/f'{image_id}.png'), cv2.IMREAD_GRAYSCALE)
-    if truth is None: raise SyntheticError(f'{folder} holds no truth map of {image_id!r}.')
-    return truth
+    file = Path(folder)/'truth'/f'{image_id}.png'
+    if not file.is_file(): raise SyntheticError(f'{folder} holds no truth map of {image_id!r}.')
+    return cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
 
-def measure_truth(
-    truth:np.ndarray,   # (H, W) uint8 in `class_values`
-)->dict:                # tissue: share of the picture; each component: share of the clot
-    "The fractions that a truth map shows"
-    counts = np.bincount(truth.ravel(), minlength=len(class_values))
-    clot = counts[1:].sum()
-    return dict(tissue=clot/truth.size, **{c: counts[class_values[c]]/clot for c in components})
-
-# %% ../../nbs/13_data.synthetic.ipynb #4cfa7671
-def oracle_scores(
-    cohort:pd.DataFrame,    # A synthetic cohort, of `make_cohort`
-    truth:pd.DataFrame,     # Its truth, of `read_truth`
-    preset:str='easy',      # The preset it was drawn from
-    red_cell_shift:float=0.,# The dial it was drawn with
-)->pd.DataFrame:            # A row a patient: patient_id, center_id, label, n_images, p_CE, p_LAA
-    "What a model that saw the true composition of every image would answer"
-    rows = cohort.merge(truth, on='image_id', validate='one_to_one')
-    rows[['z0', 'z1', 'z2']] = to_latent(rows[list(components)].to_numpy().clip(1e-5))
-    patients = rows.groupby('patient_id', as_index=False).agg(center_id=('center_id', 'first'), label=('label', 'first'), n_images=('label', 'size'),
-                                                              z0=('z0', 'mean'), z1=('z1', 'mean'), z2=('z2', 'mean'))
-    model = composition_model(preset, red_cell_shift)
-    ratio = [log_likelihood_ratio(z, n, model) for z, n in zip(patients[['z0', 'z1', 'z2']].to_numpy(), patients.n_images)]
-    p = 1/(1 + np.exp(-np.array(ratio))*(1 - prior)/prior)
-    return patients.drop(columns=['z0', 'z1', 'z2']).assign(p_CE=1 - p, p_LAA=p)
-
-# %% ../../nbs/13_data.synthetic.ipynb #5e2797cb
 generator_version = 1
 
 def make_cohort(
@@ -664,7 +627,7 @@ def make_cohort(
     plan['path'] = [str(folder/'images'/l/p/f'{i}.{format}') for l, p, i in zip(plan.label, plan.patient_id, plan.image_id)]
     plan['truth_path'] = [str(folder/'truth'/f'{i}.png') for i in plan.image_id]
     missing = plan[[not (Path(p).exists() and Path(t).exists()) for p, t in zip(plan.path, plan.truth_path)]]
-    _write_cases([dict(c, seed=seed) for c in missing.to_dict('records')], workers or cpu_count())
+    for _ in parallel_map(_write_case, missing.assign(seed=seed).to_dict('records'), 'drawing clots', workers): pass
     cohort = plan[['image_id', 'patient_id', 'label', 'center_id', 'path']]
     if len(missing) or not (folder/'truth.csv').exists():
         measured = [measure_truth(read_truth_map(folder, i)) for i in plan.image_id]
