@@ -22,6 +22,7 @@ ifneq ($(UV),)
 	$(UV) pip install --quiet --python $(PY) --compile-bytecode -c constraints.txt -e '.[dev]'
 else
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null    # uv makes environments without pip
 	$(PY) -m pip install --quiet --disable-pip-version-check --compile -c constraints.txt -e '.[dev]'
 endif
 	@touch $@

@@ -85,13 +85,16 @@ def check_parameters(
 
 # %% ../nbs/90_experiments.ipynb #a5cece7f
 def _kernel_manager():
-    "A kernel manager class whose kernels cannot race for ports, where the system allows it"
+    "A kernel manager class whose kernels run in this Python, and cannot race for ports, where the system allows it"
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
-    if os.name == 'nt': return AsyncKernelManager
-    class IPCKernelManager(AsyncKernelManager):
-        def __init__(self, **kwargs):
-            super().__init__(transport='ipc', ip=f'{tempfile.gettempdir()}/strip-{uuid.uuid4().hex[:12]}', **kwargs)
-    return IPCKernelManager
+    address = f'{tempfile.gettempdir()}/strip-{uuid.uuid4().hex[:12]}'
+    sockets = {} if os.name == 'nt' or len(address) > 100 else dict(transport='ipc', ip=address)
+    class OwnKernelManager(AsyncKernelManager):
+        kernel_spec = property(lambda self: KernelSpec(**get_kernel_dict()))
+        def __init__(self, **kwargs): super().__init__(**sockets, **kwargs)
+    return OwnKernelManager
 
 # %% ../nbs/90_experiments.ipynb #bab0459f
 class _ToRun:
