@@ -59,10 +59,11 @@ def result_sentences(
     "What the patient AUC means, in plain words"
     value,low,high = auc
     if low != low: return [f'No AUC can be given: the test part holds {_listing(counts)}, and both classes are needed.']
-    if low <= .5 <= high: said = ['These data do not show that the model tells the classes apart: the interval includes chance (0.5).']
+    apart = f"tells {positive} from {' or '.join(c for c in counts if c != positive)}"
+    if low <= .5 <= high: said = [f'These data do not show that the model {apart}: the interval includes chance (0.5).']
     elif high < .5: said = ['The model ranks the classes the wrong way round on these patients: the whole interval lies below chance (0.5). '
                             'That is the mark of a shift between training and test.']
-    else: said = ['The model tells the classes apart better than guessing on patients like these: the interval lies above chance (0.5).']
+    else: said = [f'The model {apart} better than guessing on patients like these: the interval lies above chance (0.5).']
     width = f'with a 95 % interval from {low:.2f} to {high:.2f}' if low < high else 'the same in every resample, which is no measure of certainty'
     said.append(f'On {sum(counts.values())} test patients ({_listing(counts)}) the patient AUC for {positive} is {value:.2f}, {width}.')
     if low > .5 and centers is not None and (not_there := [c.center for c in centers.itertuples() if c.roc_auc.low <= .5]):
@@ -74,7 +75,7 @@ def result_sentences(
                           + (' The whole interval lies above that: something other than the clot tells the label.' if low > limit['auc'] else ''))
     return said
 
-def _listing(counts): return ' and '.join(f'{n} {c}' for c,n in counts.items())
+def _listing(counts): return ' and '.join(', '.join(f'{n} {c}' for c,n in counts.items()).rsplit(', ', 1))
 
 # %% ../nbs/95_report.ipynb #17caad60
 def cohort_section(
