@@ -76,7 +76,7 @@ def runs_command(
     from strip_notebooks.metrics.compare import compare
     from strip_notebooks.predictions import load_predictions
     tables = [load_predictions(find_run(r, 'train', args.runs).path/'tables'/'predictions.csv').query("split == 'test'") for r in args.compare]
-    print(compare(*tables).to_string())
+    print(compare(*tables).round(3).to_string(na_rep=''))
 
 # %% ../nbs/99_cli.ipynb #ee746d6e
 def demo_command(
