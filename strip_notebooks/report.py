@@ -178,7 +178,7 @@ figure { margin: 1rem 0 } img { max-width: 100%; height: auto } figcaption, capt
 .scroll { overflow-x: auto } table { border-collapse: collapse; margin: .8rem 0; font-size: .92rem } th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e4e8ec; vertical-align: top }
 .number { text-align: right; font-variant-numeric: tabular-nums } .read { color: #57606a; font-size: .92rem } ul.audit { list-style: none; padding: 0 } ul.audit li { display: flex; align-items: baseline; padding: .3rem 0; border-bottom: 1px solid #e4e8ec }
 .verdict { flex: none; width: 4.6rem; text-align: center; border-radius: .3rem; font-size: .8rem; margin-right: .6rem; background: #dcefe6; color: #04533a } .warning .verdict { background: #f9dcc8; color: #7a3300 } .error .verdict { background: #1b1f24; color: #fff }
-footer { color: #57606a; margin: 3rem 0 1rem; font-size: .9rem } @media (max-width: 40rem) { th, td { white-space: nowrap } }
+footer { color: #57606a; margin: 3rem 0 1rem; font-size: .9rem } @media (max-width: 40rem) { td + td { white-space: nowrap } }
 @media print { nav { display: none } body { margin: 0; max-width: none } figure, tr, li { break-inside: avoid } h2, h3, caption { break-after: avoid } th, td { white-space: normal }
 .grid { grid-template-columns: 1fr 1fr } .scroll { overflow: visible } details::details-content { content-visibility: visible; display: block } }'''
 
