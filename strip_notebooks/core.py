@@ -9,7 +9,7 @@ __all__ = ['okabe_ito', 'StripError', 'RunError', 'nearest', 'class_colors', 'co
            'environment', 'workspace', 'Run', 'now', 'new_run', 'open_run', 'list_runs']
 
 # %% ../nbs/00_core.ipynb #7c0ba46b
-import hashlib, json, os, platform, random, secrets, subprocess, sys, time
+import hashlib, json, os, platform, random, secrets, signal, subprocess, sys, time
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import distributions
@@ -179,27 +179,41 @@ def progress(
 class WorkerError(StripError):
     "A process that worked for this one could not start, or was killed"
 
-def _start_worker():
-    "A worker leaves Ctrl-C to the process that started it, and ends with that process"
-    import signal, threading
-    from multiprocessing import parent_process
+def _start_worker(line):
+    "A worker leaves Ctrl-C to the process that started it, and ends when that one lets go of the line between them, as it does when it is killed"
+    import threading
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ['OPENCV_FOR_THREADS_NUM'] = '1'          # the cores are taken by the other workers
-    def watch(): parent_process().join(); os._exit(1)
+    def watch():
+        try: line.recv()
+        except EOFError: os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 @contextmanager
+def _deaf():
+    "Processes that are started in the block do not hear Ctrl-C from their first moment; this one hears it after"
+    if not hasattr(signal, 'pthread_sigmask'): yield; return            # Windows
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+@contextmanager
 def _pool(workers):
-    "Processes, of which one at least has shown that it starts"
+    "Processes, of which one at least has shown that it starts, and none outlives the block"
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
-    pool = ProcessPoolExecutor(workers, mp_context=get_context('spawn'), initializer=_start_worker)
+    context = get_context('spawn')
+    line,held = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(line,))
     try:
-        try: pool.submit(os.getpid).result()
+        with _deaf(): started = [pool.submit(os.getpid) for _ in range(workers)]
+        try: started[0].result()
         except BrokenProcessPool: raise WorkerError("No process could be started to share the work. In a script, put what starts it below `if __name__ == '__main__':`, or ask for workers=1.") from None
         yield pool
-    finally: pool.shutdown(cancel_futures=True)
+    finally:
+        held.close(); line.close()
+        pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/00_core.ipynb #23ffce08
 def _by_workers(function, items, workers, killed):
