@@ -23,7 +23,8 @@ def classes_of(
 )->list[str]:                   # Class names, sorted
     "The classes that `predictions` has probabilities for; `PredictionsError` if fewer than two"
     classes = sorted(c[2:] for c in predictions.columns if c.startswith('p_'))
-    if len(classes) < 2: raise PredictionsError(f'Predictions need one column p_CLASS for each of at least two classes, and there are {len(classes)}.')
+    if len(classes) < 2:
+        raise PredictionsError(f'Predictions need one column p_CLASS for each of at least two classes, and there are {len(classes)}.')
     return classes
 
 def positive_class(
@@ -43,14 +44,17 @@ def check_predictions(
     "`predictions`, valid; a `PredictionsError` that names the column and row if not"
     for c in ('patient_id', 'label'):
         if c not in predictions: raise PredictionsError(f'The predictions have no column {c!r}{nearest(c, predictions.columns)}')
-        if (missing := predictions[c].isna()).any(): raise PredictionsError(f'{missing.sum()} rows have no {c}, the first is row {missing.to_numpy().argmax()}.')
+        if (missing := predictions[c].isna()).any():
+            raise PredictionsError(f'{missing.sum()} rows have no {c}, the first is row {missing.to_numpy().argmax()}.')
     ids = [c for c in ('image_id', 'patient_id', 'center_id', 'label', 'split') if c in predictions]
     predictions = predictions.assign(**{c: predictions[c].astype(str) for c in ids})
     _check_probabilities(predictions)
     strange = ~predictions.label.isin(classes_of(predictions)).to_numpy()
-    if strange.any(): raise PredictionsError(f'Row {strange.argmax()} has the label {predictions.label.iloc[strange.argmax()]!r}, which has no probability column.')
+    if strange.any():
+        raise PredictionsError(f'Row {strange.argmax()} has the label {predictions.label.iloc[strange.argmax()]!r}, which has no probability column.')
     key = [c for c in ('image_id', 'fold', 'repeat') if c in predictions]
-    if 'image_id' in key and (double := predictions.duplicated(key)).any(): raise PredictionsError(f'{double.sum()} images are in the predictions more than once, the first again at row {double.to_numpy().argmax()}.')
+    if 'image_id' in key and (double := predictions.duplicated(key)).any():
+        raise PredictionsError(f'{double.sum()} images are in the predictions more than once, the first again at row {double.to_numpy().argmax()}.')
     _one_each(predictions)
     return predictions
 
@@ -60,12 +64,14 @@ def _check_probabilities(predictions):
     columns = ['p_' + c for c in classes_of(predictions)]
     p = predictions[columns].to_numpy(float)
     bad = ~(np.isfinite(p).all(1) & (p >= 0).all(1) & (p <= 1).all(1) & (abs(p.sum(1) - 1) < 1e-4))
-    if bad.any(): raise PredictionsError(f"{bad.sum()} rows, the first is row {bad.argmax()}, do not hold probabilities from 0 to 1 that sum to 1 in {', '.join(columns)}; are they logits?")
+    if bad.any():
+        raise PredictionsError(f"{bad.sum()} rows, the first is row {bad.argmax()}, do not hold probabilities from 0 to 1 "
+                               f"that sum to 1 in {', '.join(columns)}; are they logits?")
 
 def _one_each(predictions):
     "`PredictionsError` if a patient has two labels, or is in two splits"
     for c in [c for c in ('label', 'split') if c in predictions]:
-        count = predictions.groupby(_patient_keys(predictions))[c].nunique() if c == 'label' else predictions.groupby('patient_id')[c].nunique()
+        count = predictions.groupby(_patient_keys(predictions) if c == 'label' else 'patient_id')[c].nunique()
         if (count > 1).any(): raise PredictionsError(f'{(count > 1).sum()} patients have more than one {c}; a patient has one.')
 
 def _patient_keys(predictions): return ['patient_id'] + [c for c in ('repeat',) if c in predictions]
@@ -79,7 +85,9 @@ def make_predictions(
 )->pd.DataFrame:            # Predictions by image
     "The predictions of the images of a cohort; `PredictionsError` if they do not fit together"
     p = np.asarray(probabilities, float)
-    if p.shape != (len(cohort), len(classes)): raise PredictionsError(f'{len(cohort)} images and {len(classes)} classes need probabilities of the shape {(len(cohort), len(classes))}, not {p.shape}.')
+    if p.shape != (len(cohort), len(classes)):
+        raise PredictionsError(f'{len(cohort)} images and {len(classes)} classes need probabilities '
+                               f'of the shape {(len(cohort), len(classes))}, not {p.shape}.')
     ids = [c for c in ('image_id', 'patient_id', 'center_id', 'label', 'split') if c in cohort]
     order = np.argsort(classes)
     table = cohort[ids].reset_index(drop=True).assign(**columns, **{f'p_{classes[i]}': p[:, i] for i in order})
@@ -115,7 +123,8 @@ def aggregate_patients(
     how:str='mean',             # mean, vote or max
 )->pd.DataFrame:                # Predictions by patient, sorted by id; `n_images` is how many images each had
     "One row a patient (and fold, if there are repeats); `PredictionsError` for another way"
-    if how not in ('mean', 'vote', 'max'): raise PredictionsError(f'how={how!r} is no way to aggregate{nearest(how, ["mean", "vote", "max"])}')
+    if how not in ('mean', 'vote', 'max'):
+        raise PredictionsError(f'how={how!r} is no way to aggregate{nearest(how, ["mean", "vote", "max"])}')
     predictions = check_predictions(predictions)
     columns = ['p_' + c for c in classes_of(predictions)]
     p = predictions[columns].to_numpy(float)

@@ -180,6 +180,26 @@ def test_figures_show_the_numbers_of_the_table():
     assert f'{found.value["sensitivity"]:.0%}' in text['confusion_figure'] and f'{found.value["specificity"]:.0%}' in text['confusion_figure']
 
 
+def test_bands_are_the_quantiles_of_a_loop_over_resamples():
+    from sklearn.metrics import roc_curve
+    table = predictions(60, seed=12)
+    patients = aggregate_patients(table)
+    y,p = (patients.label == 'LAA').to_numpy(int), patients.p_LAA.to_numpy()
+    found,precision = [],[]
+    for w in bootstrap_weights(y, 50, 0).astype(int):
+        a,b = np.repeat(y, w), np.repeat(p, w)
+        x,height,_ = roc_curve(a, b, drop_intermediate=False)
+        found.append(np.interp(.3, x, height))
+        first = next(t for t in np.unique(b)[::-1] if a[b >= t].sum() >= a.sum()/2)     # the highest threshold that finds half
+        precision.append(a[b >= first].mean())
+    for draw,at,values in ((figures.roc_figure, .3, found), (figures.pr_figure, .5, precision)):
+        fig = draw(table, n_resamples=50)
+        corners = fig.axes[0].collections[0].get_paths()[0].vertices
+        ends = corners[np.isclose(corners[:, 0], at), 1]
+        np.testing.assert_allclose([ends.min(), ends.max()], np.quantile(values, [.025, .975]), atol=1e-9)
+        plt.close(fig)
+
+
 # --- where there is little to say ---
 
 def test_one_class_is_said_and_not_guessed():

@@ -23,9 +23,11 @@ def _matched(a, b, how):
     a,b = (aggregate_patients(t, how).set_index('patient_id') for t in (a, b))
     if a.index.has_duplicates or b.index.has_duplicates: raise StripError('A patient has several repeats; compare one repeat at a time.')
     if len(a) != len(b) or set(a.index) != set(b.index):
-        raise StripError(f'The two tables hold {len(a)} and {len(b)} patients, {len(set(a.index) & set(b.index))} of them in both; a paired comparison needs the same patients.')
+        both = len(set(a.index) & set(b.index))
+        raise StripError(f'The two tables hold {len(a)} and {len(b)} patients, {both} of them in both; a paired comparison needs the same patients.')
     b = b.loc[a.index]
-    if (a.label != b.label).any(): raise StripError(f'{(a.label != b.label).sum()} patients have another label in the second table; the tables are of different cohorts.')
+    if (a.label != b.label).any():
+        raise StripError(f'{(a.label != b.label).sum()} patients have another label in the second table; the tables are of different cohorts.')
     return a.reset_index(), b.reset_index()
 
 def verdict(
@@ -57,7 +59,8 @@ def compare(
     for n in here[0]:
         if n == 'weighted_log_loss_shifted': continue                       # needs each model's training prior
         d = interval(drawn[0][n] - drawn[1][n], float(here[0][n][0] - here[1][n][0]))
-        rows.append(dict(metric=n, first=here[0][n][0], second=here[1][n][0], difference=d.value, low=d.low, high=d.high, verdict=verdict(d.low, d.high, n in better_when_higher)))
+        rows.append(dict(metric=n, first=here[0][n][0], second=here[1][n][0], difference=d.value, low=d.low, high=d.high,
+                         verdict=verdict(d.low, d.high, n in better_when_higher)))
     table = pd.DataFrame(rows).set_index('metric')
     table.attrs = dict(patients=len(y), delong_p=delong_paired(y, p, q)[1])
     return table

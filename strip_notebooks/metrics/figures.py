@@ -75,7 +75,8 @@ def pr_figure(
     x = np.linspace(.01, 1, 100)                                            # at each, the first threshold that finds so many
     drawn = zip(*curve(bootstrap_weights(y, n_resamples, seed)))
     _shade(ax, x, [b[np.minimum(np.searchsorted(a, x - 1e-9), len(b) - 1)] for a,b in drawn], color)
-    ax.step(found, precision, where='pre', color=color, label=f'average precision {bootstrap_interval(average_precision, y, p, n_resamples, seed)}')
+    estimate = bootstrap_interval(average_precision, y, p, n_resamples, seed)
+    ax.step(found, precision, where='pre', color=color, label=f'average precision {estimate}')
     ax.axhline(y.mean(), color='.5', ls=':', label='chance: the prevalence')
     ax.set(xlabel=f'sensitivity for {positive}', ylabel=f'precision for {positive}', xlim=(-.01, 1.01), ylim=(-.01, 1.05))
     ax.set_title(f'{y.sum()} {positive} of {len(y)} patients', fontsize=10)
@@ -93,9 +94,11 @@ def reliability_figure(
     y,p,positive,color,fig,ax = _setup(predictions, how, positive)
     t = reliability_table(y, p, bins)
     ax.plot([0, 1], [0, 1], color='.5', ls=':', label='perfect')
-    ax.errorbar(t.answered, t.observed, yerr=[t.observed - t.low, t.high - t.observed], fmt='o-', color=color, capsize=2, lw=1, label='observed, 95 % interval')
+    ax.errorbar(t.answered, t.observed, yerr=[t.observed - t.low, t.high - t.observed], fmt='o-', color=color, capsize=2, lw=1,
+                label='observed, 95 % interval')
     for r in t.itertuples(): ax.annotate(str(r.patients), (r.answered, 1.03), ha='center', fontsize=7, color='.35')
-    ax.set(xlabel=f'answered probability of {positive}', ylabel=f'observed share of {positive}', xlim=(-.02, 1.02), ylim=(-.02, 1.1), yticks=np.linspace(0, 1, 6))
+    ax.set(xlabel=f'answered probability of {positive}', ylabel=f'observed share of {positive}',
+           xlim=(-.02, 1.02), ylim=(-.02, 1.1), yticks=np.linspace(0, 1, 6))
     ax.set_title(f'{len(y)} patients; how many, along the top', fontsize=10)
     fig.legend(frameon=False, fontsize=8, loc='outside lower center', ncols=2)
     return fig
@@ -115,7 +118,8 @@ def confusion_figure(
     share = counts/np.maximum(1, counts.sum(1, keepdims=True))
     ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
     for t in (0, 1):
-        for c in (0, 1): ax.text(c, t, f'{counts[t, c]}\n{share[t, c]:.0%}', ha='center', va='center', color='w' if share[t, c] > .55 else 'k')
+        for c in (0, 1):
+            ax.text(c, t, f'{counts[t, c]}\n{share[t, c]:.0%}', ha='center', va='center', color='w' if share[t, c] > .55 else 'k')
     names = [fill(n, 18) for n in (negative, positive)]
     ax.set(xticks=[0, 1], yticks=[0, 1], xticklabels=names, xlabel=f'called ({positive} from {threshold:.2f} on)', ylabel='true class')
     ax.set_title(f'{len(y)} patients; % of the true class', fontsize=10)
@@ -136,15 +140,16 @@ def score_figure(
     patients = aggregate_patients(predictions, how) if 'image_id' in predictions else predictions
     import seaborn as sns
     rng,classes = np.random.default_rng(seed), classes_of(predictions)
-    sns.boxplot(x=patients.label.astype(str), y=p, order=classes, width=.5, fliersize=0, fill=False, color='.2', linewidth=1, zorder=4, ax=ax)
+    sns.boxplot(x=patients.label.astype(str), y=p, order=classes, width=.5, fliersize=0, fill=False, color='.2', linewidth=1, zorder=4,
+                ax=ax)
     for k,(c,color) in enumerate(class_colors(classes).items()):
         v = p[(patients.label == c).to_numpy()]
         ax.scatter(k + rng.uniform(-.18, .18, len(v)), v, s=12, alpha=.6 if len(y) < 500 else .15, color=color, lw=0, zorder=3)
     if threshold is not None:
         ax.axhline(threshold, color='k', ls='--', lw=1, label=f'called {positive} from {threshold:.2f} on')
         fig.legend(frameon=False, fontsize=8, loc='outside upper center')
-    ax.set(xticks=range(len(classes)), xticklabels=[f'{fill(c, 18)}\n{(patients.label == c).sum()} patients' for c in classes], xlim=(-.6, len(classes) - .4), ylim=(-.02, 1.02),
-           xlabel='true class', ylabel=f'answered probability of {positive}')
+    ax.set(xticks=range(len(classes)), xticklabels=[f'{fill(c, 18)}\n{(patients.label == c).sum()} patients' for c in classes],
+           xlim=(-.6, len(classes) - .4), ylim=(-.02, 1.02), xlabel='true class', ylabel=f'answered probability of {positive}')
     return fig
 
 # %% ../../nbs/53_metrics.figures.ipynb #ad1cc585
@@ -181,8 +186,10 @@ def picture_figure(
     import matplotlib.pyplot as plt
     classes,positive = classes_of(predictions),positive_class(predictions, positive)
     y,p = class_arrays(predictions, positive)
-    table = predictions.assign(p=p, sure=abs(p - threshold), right=(p >= threshold) == (y == 1)).sort_values('sure', ascending=False, kind='stable')
-    parts = [(f'{c}, {"right" if right else "wrong"}', table[(table.label == c) & (table.right == right)].drop_duplicates('patient_id')[:each])
+    table = predictions.assign(p=p, sure=abs(p - threshold), right=(p >= threshold) == (y == 1))
+    table = table.sort_values('sure', ascending=False, kind='stable')
+    parts = [(f'{c}, {"right" if right else "wrong"}',
+              table[(table.label == c) & (table.right == right)].drop_duplicates('patient_id')[:each])
              for c in classes for right in (True, False)]
     fig,axes = plt.subplots(len(parts), each, figsize=(1.2*each, 1.4*len(parts)), layout='constrained')
     for axs,(name,rows) in zip(axes, parts):

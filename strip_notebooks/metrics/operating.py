@@ -30,7 +30,8 @@ def pick_threshold(
     y,p = np.asarray(y), np.asarray(p, float)
     if rule not in ('youden', 'sensitivity'): raise StripError(f'rule={rule!r} is unknown{nearest(rule, ["youden", "sensitivity"])}')
     if not 0 < target <= 1: raise StripError(f'target={target} must be above 0 and at most 1.')
-    if len(y) == 0 or y.min() == y.max(): raise StripError('A threshold needs patients of both classes in the validation part; make it larger.')
+    if len(y) == 0 or y.min() == y.max():
+        raise StripError('A threshold needs patients of both classes in the validation part; make it larger.')
     thresholds,sensitivity,specificity = _rates(y, p)
     k = int(np.argmax(sensitivity + specificity)) if rule == 'youden' else int(np.argmax(sensitivity >= target - 1e-12))
     return float((thresholds[k] + thresholds[k + 1])/2) if k + 1 < len(thresholds) else float(thresholds[k]/2)
@@ -43,7 +44,8 @@ def choose_threshold(
     how:str='mean',             # How images become a patient
 )->float:                       # Called positive from here on
     "The threshold that a rule picks by patient; a `StripError` if it was given test patients"
-    if 'split' in validation and 'test' in set(validation.split): raise StripError('A threshold was to be chosen on test patients; give the predictions of the validation part.')
+    if 'split' in validation and 'test' in set(validation.split):
+        raise StripError('A threshold was to be chosen on test patients; give the predictions of the validation part.')
     return pick_threshold(*patient_arrays(aggregate_patients(validation, how)), rule, target)
 
 # %% ../../nbs/51_metrics.operating.ipynb #6682b43d

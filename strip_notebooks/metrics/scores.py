@@ -12,7 +12,8 @@ import pandas as pd
 
 from ..core import StripError, nearest
 from ..predictions import aggregate_patients, check_predictions, class_arrays, classes_of, patient_arrays, positive_class
-from ..statistics import Estimate, auc, bootstrap_weights, cumulative_counts, interval, prior_shift, weighted_log_loss, wilson_interval
+from ..statistics import (Estimate, auc, bootstrap_weights, cumulative_counts, interval, prior_shift, weighted_log_loss,
+                                        wilson_interval)
 
 # %% ../../nbs/50_metrics.scores.ipynb #3e5c6cc8
 metric_names = ['roc_auc', 'pr_auc', 'accuracy', 'balanced_accuracy', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1', 'mcc',
@@ -27,8 +28,8 @@ def _threshold_metrics(tp, fp, tn, fn):
     "The metrics of a confusion matrix, NaN where a denominator is 0"
     sensitivity,specificity = tp/(tp + fn), tn/(tn + fp)
     mcc = (tp*tn - fp*fn)/np.sqrt((tp + fp)*(tp + fn)*(tn + fp)*(tn + fn))
-    return dict(accuracy=(tp + tn)/(tp + fp + tn + fn), balanced_accuracy=(sensitivity + specificity)/2, sensitivity=sensitivity, specificity=specificity,
-                ppv=tp/(tp + fp), npv=tn/(tn + fn), f1=2*tp/(2*tp + fp + fn), mcc=mcc)
+    return dict(accuracy=(tp + tn)/(tp + fp + tn + fn), balanced_accuracy=(sensitivity + specificity)/2,
+                sensitivity=sensitivity, specificity=specificity, ppv=tp/(tp + fp), npv=tn/(tn + fn), f1=2*tp/(2*tp + fp + fn), mcc=mcc)
 
 def average_precision(
     y,              # (N,) 0 or 1
@@ -70,8 +71,9 @@ def metric_values(
         clipped = np.clip(np.where(y == 1, p, 1 - p), 1e-15, 1 - 1e-15)
         mean = w @ np.stack([(p - y)**2, -np.log(clipped)], 1)/w.sum(1, keepdims=True)
         shifted = np.full(len(w), np.nan) if train_prior is None else weighted_log_loss(y, prior_shift(p, train_prior), w)
-        found = dict(roc_auc=auc(y, p, w), pr_auc=average_precision(y, p, w), **_threshold_metrics(*_counts(y, p, w, threshold)), brier=mean[:, 0], log_loss=mean[:, 1],
-                     weighted_log_loss=weighted_log_loss(y, p, w), weighted_log_loss_shifted=shifted, calibration_error=expected_calibration_error(y, p, w))
+        found = dict(roc_auc=auc(y, p, w), pr_auc=average_precision(y, p, w), **_threshold_metrics(*_counts(y, p, w, threshold)),
+                     brier=mean[:, 0], log_loss=mean[:, 1], weighted_log_loss=weighted_log_loss(y, p, w), weighted_log_loss_shifted=shifted,
+                     calibration_error=expected_calibration_error(y, p, w))
     return {n: found[n] for n in metric_names}
 
 # %% ../../nbs/50_metrics.scores.ipynb #cafc2dc5
@@ -89,9 +91,13 @@ def scikit_learn_values(
         a,b = np.repeat(y, w), np.repeat(p, w)
         called,shifted,balance = b >= threshold, prior_shift(b, train_prior), np.where(a, 1/a.mean(), 1/(1 - a.mean()))
         cut = lambda q: np.clip(q, 1e-15, 1 - 1e-15)
-        rows.append(dict(roc_auc=sk.roc_auc_score(a, b), pr_auc=sk.average_precision_score(a, b), accuracy=sk.accuracy_score(a, called), balanced_accuracy=sk.balanced_accuracy_score(a, called),
-            sensitivity=sk.recall_score(a, called), specificity=sk.recall_score(a, called, pos_label=0), ppv=sk.precision_score(a, called, zero_division=np.nan), npv=sk.precision_score(a, called, pos_label=0, zero_division=np.nan),
-            f1=sk.f1_score(a, called), mcc=sk.matthews_corrcoef(a, called), brier=sk.brier_score_loss(a, b), log_loss=sk.log_loss(a, cut(b)), weighted_log_loss=sk.log_loss(a, cut(b), sample_weight=balance),
+        rows.append(dict(
+            roc_auc=sk.roc_auc_score(a, b), pr_auc=sk.average_precision_score(a, b),
+            accuracy=sk.accuracy_score(a, called), balanced_accuracy=sk.balanced_accuracy_score(a, called),
+            sensitivity=sk.recall_score(a, called), specificity=sk.recall_score(a, called, pos_label=0),
+            ppv=sk.precision_score(a, called, zero_division=np.nan), npv=sk.precision_score(a, called, pos_label=0, zero_division=np.nan),
+            f1=sk.f1_score(a, called), mcc=sk.matthews_corrcoef(a, called), brier=sk.brier_score_loss(a, b),
+            log_loss=sk.log_loss(a, cut(b)), weighted_log_loss=sk.log_loss(a, cut(b), sample_weight=balance),
             weighted_log_loss_shifted=sk.log_loss(a, cut(shifted), sample_weight=balance), calibration_error=_loop_calibration(a, b)))
     return {n: np.array([r[n] for r in rows]) for n in metric_names}
 
@@ -115,7 +121,7 @@ def _arrays(predictions, level, how, positive):
     return y, p, who, y[np.unique(who, return_index=True)[1]]
 
 def _careful(rows, y, p, who, threshold):
-    "The intervals of `rows` with Wilson's for shares of 0 or 1, among as many patients as they rest on, and the calibration error's reflected"
+    "The intervals of `rows`, with Wilson's for shares of 0 or 1 among their patients, and the calibration error's reflected"
     called = p >= threshold
     for n,among in dict(accuracy=y >= 0, sensitivity=y == 1, specificity=y == 0, ppv=called, npv=~called).items():
         if (value := rows[n].value) in (0, 1):
@@ -125,7 +131,8 @@ def _careful(rows, y, p, who, threshold):
     rows['calibration_error'] = Estimate(e.value, max(0., 2*e.value - e.high), max(e.value, 2*e.value - e.low))
     return rows
 
-_undefined = dict(ppv='no patient is called positive', npv='no patient is called negative', mcc='all calls or all labels are the same', weighted_log_loss_shifted='needs the training prior')
+_undefined = dict(ppv='no patient is called positive', npv='no patient is called negative', mcc='all calls or all labels are the same',
+                  weighted_log_loss_shifted='needs the training prior')
 
 def scores(
     predictions:pd.DataFrame,   # Predictions of one split
@@ -144,10 +151,10 @@ def scores(
     drawn = [metric_values(y, p, threshold, train_prior, w[:, who]) for w in blocks]
     rows = _careful({n: interval(np.concatenate([d[n] for d in drawn]), float(here[n][0])) for n in metric_names}, y, p, who, threshold)
     table = pd.DataFrame(rows, index=['value', 'low', 'high']).T.rename_axis('metric')
-    one_class = y.min() == y.max()
-    table['note'] = ['' if r.value == r.value else _undefined.get(n, '') if not one_class else 'only one class is present' for n,r in rows.items()]
-    table.attrs = dict(positive=positive_class(predictions, positive), level=level, n=len(y), n_positive=int(y.sum()), patients=len(patient_y),
-                       threshold=threshold, resamples=n_resamples)
+    why = dict.fromkeys(metric_names, 'only one class is present') if y.min() == y.max() else _undefined
+    table['note'] = ['' if r.value == r.value else why.get(n, '') for n,r in rows.items()]
+    table.attrs = dict(positive=positive_class(predictions, positive), level=level, n=len(y), n_positive=int(y.sum()),
+                       patients=len(patient_y), threshold=threshold, resamples=n_resamples)
     return table
 
 # %% ../../nbs/50_metrics.scores.ipynb #acdc8b3e
@@ -165,9 +172,11 @@ def class_table(
         found = {classes[0]: (t, 'specificity', 'npv', t), classes[1]: (t, 'sensitivity', 'ppv', t)}
     else:
         chosen = aggregate_patients(patients, 'vote')
-        found = {c: (scores(chosen, threshold=1, positive=c, **draws), 'sensitivity', 'ppv', scores(patients, positive=c, **draws)) for c in classes}
-    return pd.DataFrame([{'class': c, 'patients': int((patients.label == c).sum()), 'found': _estimate(t, share), 'precision': _estimate(t, precision),
-                          'roc_auc': _estimate(ranked, 'roc_auc')} for c,(t,share,precision,ranked) in found.items()])
+        found = {c: (scores(chosen, threshold=1, positive=c, **draws), 'sensitivity', 'ppv', scores(patients, positive=c, **draws))
+                 for c in classes}
+    return pd.DataFrame([{'class': c, 'patients': int((patients.label == c).sum()), 'found': _estimate(t, share),
+                          'precision': _estimate(t, precision), 'roc_auc': _estimate(ranked, 'roc_auc')}
+                         for c,(t,share,precision,ranked) in found.items()])
 
 def _estimate(table, metric): return Estimate(*table.loc[metric, ['value', 'low', 'high']])
 
