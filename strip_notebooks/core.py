@@ -189,6 +189,7 @@ def _start_worker(line):
         except EOFError: os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
+# %% ../nbs/00_core.ipynb #24f90a23
 @contextmanager
 def _deaf():
     "Processes that are started in the block do not hear Ctrl-C from their first moment; this one hears it after"

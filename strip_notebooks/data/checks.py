@@ -75,7 +75,7 @@ def _cohort_rows(cohort, read):
     single = (centers < len(classes)).sum() if len(centers) > 1 else 0
     rows = [('classes', 'error' if len(classes) < 2 else 'warning' if few else 'ok', len(cohort), ', '.join(f'{n} patients of {c}' for c,n in classes.items()) + ('; fewer than 10 of a class allow no honest estimate.' if few else '.')),
             ('patients', 'ok', len(cohort), f'{len(cohort)} images of {len(patients)} patients, {images.min()}' + (f' to {images.max()} of each.' if images.min() < images.max() else ' of each.')),
-            ('centers', 'warning' if single else 'ok', len(cohort), ('The centers are not known' if set(centers.index) == {'unknown'} else 'Centers: ' + ', '.join(f'{n} patients of {c}' for c,n in patients.center_id.value_counts().items())) + (f'; {single} of {len(centers)} are without patients of every class, and the audit asks whether the center tells the label.' if single else '.'))]
+            ('centers', 'warning' if single else 'ok', len(cohort), ('The centers are not known' if set(centers.index) == {'unknown'} else ', '.join(f'{n} patients at center {c}' for c,n in patients.center_id.value_counts().items())) + (f'; {single} of {len(centers)} are without patients of every class, and the audit asks whether the center tells the label.' if single else '.'))]
     if not len(read): rows += [(check, 'error', 0, 'Not known: there is no image to look at.') for check in ('formats', 'sizes', 'brightness')]
     else:
         formats,sizes,light = read.format.value_counts(), read.groupby(['height', 'width']).size(), read.brightness
