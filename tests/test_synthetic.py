@@ -47,12 +47,14 @@ def test_the_cohort_readers_agree(drawn):
         assert (both.patient_id == both.patient_id_drawn).all() and (both.label == both.label_drawn).all()
         assert both.image_id_drawn.map(lambda i: f'/{i}.png').to_numpy().tolist() == both.path.str.extract(r'(/[^/]+)$')[0].tolist()
 
-@pytest.mark.parametrize('format', [f for f in formats if f not in ('png', 'jpg')])
-def test_every_lossless_format_holds_the_same_pixels(drawn, tmp_path, format):
+@pytest.mark.parametrize('format', [f for f in formats if f != 'png'])
+def test_every_format_holds_the_same_pixels(drawn, tmp_path, format):
     png = make_cohort(tmp_path/'png', 'null', n_patients=8, size=64, seed=2, workers=1)
     other = make_cohort(tmp_path/'other', 'null', n_patients=8, size=64, seed=2, format=format, workers=1)
     assert read_truth(tmp_path/'png').equals(read_truth(tmp_path/'other'))
-    for a, b in zip(png.path, other.path): np.testing.assert_array_equal(read_image(a), read_image(b))
+    for a, b in zip(map(read_image, png.path), map(read_image, other.path)):
+        if format != 'jpg': np.testing.assert_array_equal(a, b)
+        else: assert a.shape == b.shape and 0 < abs(a.astype(int) - b).mean() < 8      # lossy, but the same picture
 
 def test_truth_explains_the_picture(drawn):
     "The red pixels of a picture are as many as the red cells on its truth map"

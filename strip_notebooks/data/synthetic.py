@@ -188,6 +188,12 @@ def best_auc(
         scores[label], weights[label] = s, w
     return _weighted_auc(scores['CE'], scores['LAA'], weights['CE'], weights['LAA'])
 
+def _image_weights(images_per_patient):
+    "{images of a patient: weight}: a fixed number, or the STRIP counts"
+    if images_per_patient is not None and images_per_patient < 1:
+        raise SyntheticError(f'images_per_patient={images_per_patient} leaves no image; take 1 or more, or None for the STRIP counts.')
+    return {images_per_patient: 1} if images_per_patient else image_counts
+
 def bayes_auc(
     preset:str='easy',      # Name of a preset
     red_cell_shift:float=0.,# Percentage points added to the mean of red cells in CE; only for 'realistic'
@@ -195,8 +201,8 @@ def bayes_auc(
     images_per_patient:int|None=None, # A fixed number for every patient; None takes the STRIP counts
 )->float:                   # 0.5 to 1
     "The best patient AUC that any model could reach, given the true composition of all images"
-    counts = {images_per_patient: 1} if images_per_patient else image_counts
-    return best_auc(composition_model(preset, red_cell_shift), counts, center_probabilities(preset) if center else None)
+    centers = center_probabilities(preset) if center else None
+    return best_auc(composition_model(preset, red_cell_shift), _image_weights(images_per_patient), centers)
 
 # %% ../../nbs/13_data.synthetic.ipynb #1c58884e
 def smooth_noise(
@@ -527,15 +533,12 @@ def draw_patients(
     "Patients with the prior share of LAA, the STRIP counts of images and the preset's centers"
     if n_patients < 8:
         raise SyntheticError(f'n_patients={n_patients} is too few for two labels and several images a patient; take 8 or more.')
-    if images_per_patient is not None and images_per_patient < 1:
-        raise SyntheticError(f'images_per_patient={images_per_patient} leaves no image; take 1 or more, or None for the STRIP counts.')
+    weights = _image_weights(images_per_patient)
     rng = np.random.default_rng(derive_seed(seed, 'patients'))
     laa = round(prior*n_patients)
     labels = rng.permutation(np.repeat(['CE', 'LAA'], [n_patients - laa, laa]))
-    share = np.array(list(image_counts.values()), float).cumsum()/sum(image_counts.values())
-    last = np.round(share*n_patients).astype(int)
-    counts = rng.permutation(np.repeat(list(image_counts), np.diff(last, prepend=0)))
-    if images_per_patient: counts = np.full(n_patients, images_per_patient)
+    last = np.round(np.cumsum(list(weights.values()))/sum(weights.values())*n_patients).astype(int)
+    counts = rng.permutation(np.repeat(list(weights), np.diff(last, prepend=0)))
     at = center_probabilities(preset)
     centers = [str(1 + rng.choice(len(center_share), p=at[l])) for l in labels]
     ids = [f'P{i:0{max(3, len(str(n_patients)))}d}' for i in range(1, n_patients + 1)]
@@ -560,7 +563,7 @@ def plan_cohort(
     plan['size'] = np.round(size*shrink*np.ones(len(plan))).astype(int)
     least = plan['size'].min()
     if least < 64:
-        raise SyntheticError(f'size={size} makes pictures of {least} pixels, too small to draw cells in; take {np.ceil(64*size/least):.0f} or more.')
+        raise SyntheticError(f'size={size} makes pictures of {least} pixels, too small to draw cells in; take {np.ceil(64/np.min(shrink)):.0f} or more.')
     plan[list(components)] = draw_composition(patients.label, patients.n_images, preset, red_cell_shift, seed)
     return plan[['image_id', 'patient_id', 'label', 'center_id', 'artefact', 'size', *components]]
 
@@ -581,6 +584,7 @@ def _write_case(case):
 
 def _claim(folder, settings):
     "Make the folder this cohort's own, or refuse one that holds something else"
+    if folder.exists() and not folder.is_dir(): raise SyntheticError(f'{folder} is a file; choose a folder.')
     file, names = folder/'settings.json', {f.name for f in folder.glob('[!.]*')}
     if not names: write_json(file, settings)
     elif file.name not in names: raise SyntheticError(f'{folder} is not empty and holds no synthetic cohort; choose another folder.')
