@@ -33,7 +33,8 @@ def figure_html(
     "A figure with its caption, embedded; a `StripError` if the file is missing"
     if not Path(path).is_file(): raise StripError(f'The figure {path} is missing; run the step that makes it again.')
     data = base64.b64encode(Path(path).read_bytes()).decode()
-    return html('<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>', data=data, caption=caption)
+    return html('<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>',
+                data=data, caption=caption)
 
 def table_html(
     table:pd.DataFrame, # Table; its index is not shown
@@ -46,7 +47,8 @@ def table_html(
     return html('''<div class="scroll"><table>{% if caption %}<caption>{{ caption }}</caption>{% endif %}
 <thead><tr>{% for c, kind in columns %}<th scope="col" class="{{ kind }}">{{ c }}</th>{% endfor %}</tr></thead>
 <tbody>{% for r in rows %}<tr>{% for v, kind in r %}<td class="{{ kind }}">{{ v }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>''',
-                rows=[list(zip(map(cell, r), kinds)) for r in table.itertuples(index=False)], columns=list(zip(table.columns.map(str), kinds)), caption=caption)
+                rows=[list(zip(map(cell, r), kinds)) for r in table.itertuples(index=False)],
+                columns=list(zip(table.columns.map(str), kinds)), caption=caption)
 
 # %% ../nbs/95_report.ipynb #4b2b3f51
 def result_sentences(
@@ -61,18 +63,21 @@ def result_sentences(
     if low != low: return [f'No AUC can be given: the test part holds {_listing(counts)}, and both classes are needed.']
     apart = f"tells {positive} from {' or '.join(c for c in counts if c != positive)}"
     if low <= .5 <= high: said = [f'These data do not show that the model {apart}: the interval includes chance (0.5).']
-    elif high < .5: said = ['The model ranks the classes the wrong way round on these patients: the whole interval lies below chance (0.5). '
-                            'That is the mark of a shift between training and test.']
+    elif high < .5: said = ['The model ranks the classes the wrong way round on these patients: the whole interval lies below '
+                            'chance (0.5). That is the mark of a shift between training and test.']
     else: said = [f'The model {apart} better than guessing on patients like these: the interval lies above chance (0.5).']
-    width = f'with a 95 % interval from {low:.2f} to {high:.2f}' if low < high else 'the same in every resample, which is no measure of certainty'
+    width = (f'with a 95 % interval from {low:.2f} to {high:.2f}' if low < high else
+             'the same in every resample, which is no measure of certainty')
     said.append(f'On {sum(counts.values())} test patients ({_listing(counts)}) the patient AUC for {positive} is {value:.2f}, {width}.')
     if low > .5 and centers is not None and (not_there := [c.center for c in centers.itertuples() if c.roc_auc.low <= .5]):
-        said.insert(1, f"Not at every center: at {' and '.join(not_there)} the interval does not lie above chance. Look at the table by center.")
+        said.insert(1, f"Not at every center: at {' and '.join(not_there)} the interval does not lie above chance. "
+                       'Look at the table by center.')
     few = {c: n for c,n in counts.items() if n < 5}
     if few: said.append(f'With only {_listing(few)} the interval itself is not to be relied on.')
     if high-low > .25: said.append(f'The interval is {high-low:.2f} wide: with so few patients little can be said about how well.')
-    if limit: said.append(f"The generator of this synthetic cohort allows at most {limit['auc']:.2f}, even to a reader who knows the true composition of every clot."
-                          + (' The whole interval lies above that: something other than the clot tells the label.' if low > limit['auc'] else ''))
+    if limit: said.append(f"The generator of this synthetic cohort allows at most {limit['auc']:.2f}, even to a reader who knows the true "
+                          'composition of every clot.')
+    if limit and low > limit['auc']: said.append('The whole interval lies above that: something other than the clot tells the label.')
     return said
 
 def _listing(counts): return ' and '.join(', '.join(f'{n} {c}' for c,n in counts.items()).rsplit(', ', 1))
@@ -85,12 +90,13 @@ def cohort_section(
     m,splits = prepared.metrics,pd.read_csv(prepared.path/'tables'/'splits.csv')
     splits = splits.replace(dict(split=dict(train='training', val='validation'))).rename(columns=dict(split='part'))
     return html('''<h2 id="cohort">The cohort</h2>
-<p>{{ m.source | capitalize }}: {{ m.images + m.quarantined }} images came in. {% if m.quarantined %}<strong>{{ m.quarantined }} could not be used</strong> and
-{{ 'is' if m.quarantined == 1 else 'are' }} listed by reason below.{% else %}Every one could be read.{% endif %} The {{ m.images }} that went on show {{ m.patients }} patients
-from {{ m.centers }} center{{ '' if m.centers == 1 else 's' }}. {{ m.split_sentence }} All images of a patient are in one part.</p>{{ parts }}''', m=m, parts=html('{{ a }}{{ b }}{{ c }}',
-        a=table_html(splits, 'Patients, images, patients of each class, and centers in each part'),
-        b=table_html(pd.read_csv(prepared.path/'tables'/'quarantine_reasons.csv'), 'Images set aside, by reason') if m['quarantined'] else '',
-        c=figure_html(prepared.path/'figures'/'validation.png', 'The cohort by class and center, file format, image size and brightness.')))
+<p>{{ m.source | capitalize }}: {{ m.images + m.quarantined }} images came in.
+{% if m.quarantined %}<strong>{{ m.quarantined }} could not be used</strong> and {{ 'is' if m.quarantined == 1 else 'are' }} listed by reason below.
+{% else %}Every one could be read.{% endif %} The {{ m.images }} that went on show {{ m.patients }} patients
+from {{ m.centers }} center{{ '' if m.centers == 1 else 's' }}. {{ m.split_sentence }} All images of a patient are in one part.</p>
+{{ splits }}{{ aside }}{{ figure }}''', m=m, splits=table_html(splits, 'Patients, images, patients of each class, and centers in each part'),
+        aside=table_html(pd.read_csv(prepared.path/'tables'/'quarantine_reasons.csv'), 'Images set aside, by reason') if m['quarantined'] else '',
+        figure=figure_html(prepared.path/'figures'/'validation.png', 'The cohort by class and center, file format, image size and brightness.'))
 
 def audit_section(
     prepared:Run,   # A run of the experiment prepare
@@ -98,24 +104,29 @@ def audit_section(
     "What could fool the reader: leaks between the parts and shortcuts to the label"
     table = pd.read_csv(prepared.path/'tables'/'audit.csv', keep_default_na=False)
     return html('''<h2 id="audit">The audit</h2><p>Could a model do well here without looking at the clot? Each line asks one way.</p>
-<ul class="audit">{% for r in rows %}<li class="{{ r.verdict }}"><span class="verdict">{{ r.verdict }}</span> {{ r.sentence }}</li>{% endfor %}</ul>{{ figure }}''',
-        rows=table.to_dict('records'), figure=figure_html(prepared.path/'figures'/'audit.png', 'What the shortcuts alone can tell, with 95 % intervals; the line is chance.'))
+<ul class="audit">{% for r in rows %}<li class="{{ r.verdict }}"><span class="verdict">{{ r.verdict }}</span> {{ r.sentence }}</li>{% endfor %}</ul>
+{{ figure }}''', rows=table.to_dict('records'),
+        figure=figure_html(prepared.path/'figures'/'audit.png', 'What the shortcuts alone can tell, with 95 % intervals; the line is chance.'))
 
 # %% ../nbs/95_report.ipynb #51b2adb1
 result_figures = dict(
     roc='ROC curve: {} found against false alarms, for every threshold. The further above the dotted line, the better.',
     pr='Precision and recall: how many of those called {0} are, against how many of {0} are found.',
     scores='What the model answered for each patient, by true class; a box holds the middle half.',
-    reliability='Reliability: of the patients who got about the same answer, the share that is {}. On the dotted line an answer can be taken as a probability.',
+    reliability='Reliability: of the patients who got about the same answer, the share that is {}. '
+                'On the dotted line an answer can be taken as a probability.',
     confusion='Confusion matrix at the operating point.',
-    decision='Decision curve: what acting on the model is worth, in found {} less needless actions. It is of use where it lies above both other lines (Vickers and Elkin 2006).')
+    decision='Decision curve: what acting on the model is worth, in found {} less needless actions. '
+             'It is of use where it lies above both other lines (Vickers and Elkin 2006).')
 
 def training_section(
     trained:Run,    # A run of the experiment train
 )->str:             # HTML
     "Which model was trained, for how long, and how it went"
-    return html('''<h2 id="training">The training</h2><p>{{ m.arch }}, {{ '{:,}'.format(m.parameters) }} parameters, {{ m.epochs_run }} epochs on {{ m.device }} ({{ m.precision }});
-the weights of epoch {{ m.best_epoch }} are kept, chosen by the patients' {{ m.monitor }} on the validation part. The test part had no say in it.</p>{{ figure }}''',
+    return html('''<h2 id="training">The training</h2>
+<p>{{ m.arch }}, {{ '{:,}'.format(m.parameters) }} parameters, {{ m.epochs_run }} epochs on {{ m.device }} ({{ m.precision }});
+the weights of epoch {{ m.best_epoch }} are kept, chosen by the patients' {{ m.monitor }} on the validation part.
+The test part had no say in it.</p>{{ figure }}''',
         m=trained.metrics, figure=figure_html(trained.path/'figures'/'training.png', 'Loss and the patient-level validation metric by epoch.'))
 
 def result_section(
@@ -124,26 +135,33 @@ def result_section(
     "The numbers by patient with their intervals, the curves, the centers"
     folder,m = evaluated.path,evaluated.metrics
     answer = dict(mean='the mean of', vote='the vote of', max='the surest among')[evaluated.parameters['how']]
-    def table(name, caption, **types): return table_html(pd.read_csv(folder/'tables'/f'{name}.csv', keep_default_na=False, **types), caption)
-    return html('''<h2 id="results">The results, by patient</h2><p>The positive class is <strong>{{ m.positive }}</strong>. A patient's answer is {{ answer }} the answers for their images,
-and is called {{ m.positive }} from {{ '%.3f' | format(m.threshold) }} on, an operating point that was chosen on the validation part ({{ m.rule }}) and applied to the test part.
-Intervals are 95 %, from {{ m.resamples }} bootstrap resamples of patients within each class, and Wilson's for shares of 0 or 1; that of the calibration error is rough.</p>
+    found = 'Each class in its turn: the share of its patients that was found, and of those called so, the share that was right'
+    if len(m['classes']) > 2: found += '; here a patient is called what is most probable'
+    def table(name, caption, dtype):
+        return table_html(pd.read_csv(folder/'tables'/f'{name}.csv', keep_default_na=False, dtype=dtype), caption)
+    return html('''<h2 id="results">The results, by patient</h2>
+<p>The positive class is <strong>{{ m.positive }}</strong>. A patient's answer is {{ answer }} the answers for their images, and is called
+{{ m.positive }} from {{ '%.3f' | format(m.threshold) }} on, an operating point that was chosen on the validation part ({{ m.rule }}) and applied
+to the test part. Intervals are 95 %, from {{ m.resamples }} bootstrap resamples of patients within each class, and Wilson's for shares of 0 or 1;
+that of the calibration error is rough.</p>
 {{ scores }}{{ classes }}<div class="grid">{% for f in figures %}{{ f }}{% endfor %}</div><h3>By center</h3>{{ centers }}''',
-        m=m, answer=answer, scores=table('patient_scores', 'The test part; log losses, Brier score and calibration error are better when lower', dtype=str),
-        classes=table('classes', 'Each class in its turn: the share of its patients that was found, and of those called so, the share that was right', dtype={'class': str}),
+        m=m, answer=answer, classes=table('classes', found, {'class': str}),
+        scores=table('patient_scores', 'The test part; log losses, Brier score and calibration error are better when lower', str),
         figures=[figure_html(folder/'figures'/f'{n}.png', c.format(m['positive'])) for n,c in result_figures.items()],
-        centers=table('centers', 'A center with fewer than 5 patients of a class gets no estimate', dtype=dict(center=str)))
+        centers=table('centers', 'A center with fewer than 5 patients of a class gets no estimate', dict(center=str)))
 
 def origin_section(
     runs:list[Run], # All runs that the report rests on
 )->str:             # HTML
     "Parameters and environment, for those who want to make it again"
-    rows = [dict(run=r.path.name, code=e['commit'][:12] + (', changed' if 'changes' in e['commit'] else ''), seed=str(e['seed']), python=e['python'], torch=e['packages'].get('torch', ''),
-                 processor=e['processor'], device=e['device']) for r in runs for e in [read_json(r.path/'environment.json')]]
+    rows = [dict(run=r.path.name, code=e['commit'][:12] + (', changed' if 'changes' in e['commit'] else ''), seed=str(e['seed']),
+                 python=e['python'], torch=e['packages'].get('torch', ''), processor=e['processor'], device=e['device'])
+            for r in runs for e in [read_json(r.path/'environment.json')]]
     parameters = pd.DataFrame([dict(step=r.name, parameter=k, value=without_folders(k, v)) for r in runs for k,v in r.parameters.items()
                                if v not in ('', [], None) and not k.endswith('_run')])
     return html('<h2 id="origin">How it was made</h2>{{ a }}<details><summary>All parameters</summary>{{ b }}</details>',
-                a=table_html(pd.DataFrame(rows), 'The runs; the versions of all packages are in the file environment.json of each'), b=table_html(parameters))
+                a=table_html(pd.DataFrame(rows), 'The runs; the versions of all packages are in the file environment.json of each'),
+                b=table_html(parameters))
 
 def without_folders(
     name:str,   # Of a parameter
@@ -161,9 +179,11 @@ def limits_section(
     said = ['These are drawn clots: nothing here says anything about patients.'] if synthetic else []
     said.append('The test patients come from centers that the model was not trained on, and only from those.' if elsewhere else
                 'The test patients come from the same centers as the training patients: how the model does in another hospital is not known.')
-    said += ['This is one split of one cohort and one training. The intervals tell of other patients like these, not of another split or another seed; cross-validation does.',
+    said += ['This is one split of one cohort and one training. The intervals tell of other patients like these, not of another split or '
+             'another seed; cross-validation does.',
              'Whoever looks at this page, changes the model and looks again, chooses on the test part, and the numbers turn too good.',
-             'The share of each class is that of this cohort. Where it differs, precision, predictive value, accuracy and the probabilities change with it.',
+             'The share of each class is that of this cohort. Where it differs, precision, predictive value, accuracy and the probabilities '
+             'change with it.',
              'Whether anyone would be treated better for it was not asked.']
     return html('<h2 id="limits">What this does not show</h2><ul>{% for s in said %}<li>{{ s }}</li>{% endfor %}</ul>', said=said)
 
@@ -204,12 +224,14 @@ def write_report(
     if evaluated.name != 'evaluate': raise StripError(f'{evaluated.path.name} is a run of {evaluated.name!r}; a report is made of a run of evaluate.')
     m = evaluated.metrics
     prepared,trained = Run(m['prepare_run']),Run(m['train_run'])
-    pictures = html('<h2 id="pictures">The pictures</h2>{{ a }}{{ b }}', a=figure_html(prepared.path/'figures'/'contact_sheet.png', 'Images of the cohort by class, as the model sees them.'),
-                    b=figure_html(evaluated.path/'figures'/'pictures.png', f"Test images that the model was surest of, right and wrong, with its probability of {m['positive']}."))
+    surest = f"Test images that the model was surest of, right and wrong, with its probability of {m['positive']}."
+    pictures = html('<h2 id="pictures">The pictures</h2>{{ cohort }}{{ surest }}',
+                    cohort=figure_html(prepared.path/'figures'/'contact_sheet.png', 'Images of the cohort by class, as the model sees them.'),
+                    surest=figure_html(evaluated.path/'figures'/'pictures.png', surest))
     sections = [cohort_section(prepared), audit_section(prepared), training_section(trained), result_section(evaluated), pictures, limits_section(prepared),
                 origin_section([prepared, trained, evaluated])]
-    page = html(page_template, title=f"{' or '.join(m['classes'])}: a patient-level report", style=html(page_style), sections=sections, positive=m['positive'],
-                sentences=m['sentences'], warnings=prepared.metrics['warnings'],
+    page = html(page_template, title=f"{' or '.join(m['classes'])}: a patient-level report", style=html(page_style), sections=sections,
+                positive=m['positive'], sentences=m['sentences'], warnings=prepared.metrics['warnings'],
                 lead=f"{trained.metrics['arch']} on {prepared.metrics['source']}. Made {evaluated.status['started'][:10]}, for research.")
     write_text(path, str(page))
     return Path(path)

@@ -247,7 +247,7 @@ def test_patients_without_a_center_are_not_left_out():
     table = predictions(40)
     table['center_id'] = np.where(table.patient_id.str[1:].astype(int) < 30, 'A', None)
     centers = center_table(table, n_resamples=50).set_index('center')
-    assert centers.patients.to_dict() == {'A': 30, 'not given': 10}
+    assert centers.patients.to_dict() == {'A': 30, 'unknown': 10}
 
 
 def test_a_few_patients_of_each_class():

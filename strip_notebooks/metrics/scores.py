@@ -192,7 +192,7 @@ def center_table(
     "The metrics of each center; no estimate, and why, where a class has fewer than `least` patients"
     if 'center_id' not in predictions: raise StripError('The predictions have no center_id; without it there are no rows by center.')
     patients,rows = aggregate_patients(predictions, how),[]
-    by_center = dict(list(patients.groupby(patients.center_id.replace('', np.nan).fillna('not given'))))
+    by_center = dict(list(patients.groupby(patients.center_id.replace('', np.nan).fillna('unknown'))))
     for center in sorted(by_center, key=lambda c: (not c.isdigit(), int(c) if c.isdigit() else 0, c)):
         group = by_center[center]
         counts = {c: int((group.label == c).sum()) for c in classes_of(predictions)}
