@@ -181,8 +181,9 @@ class Cache:
         self.folder = Path(folder)
         index = read_json(self.folder/'index.json')
         self.preprocessing = Preprocessing(**index['preprocessing'])
-        self.images = np.load(self.folder/'images.npy', mmap_mode='r')
         self.row_of = {i: r for r,i in enumerate(index['image_ids'])}
+        try: self.images = np.load(self.folder/'images.npy', mmap_mode='r')
+        except (OSError, ValueError): raise PreprocessError(f'The cache {self.folder} has lost its pixels; delete this folder, and build_cache makes it anew.') from None
         self.stain_unchanged = index['stain_unchanged']     # Ids of images without enough tissue for stain normalisation
 
     def rows(self,
