@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .core import cpu_count, derive_seed
+from .core import derive_seed
 from .data.checks import near_duplicates, perceptual_hashes
-from .data.formats import image_size, read_image, to_uint8
+from .data.cohort import measure_images
 from .splits import SplitError, assert_disjoint, patient_table, split_names
 from .statistics import Estimate, auc, interval
 
@@ -83,19 +83,18 @@ def tells(
     return estimate.low > chance + margin
 
 # %% ../nbs/21_audit.ipynb #fd1b444f
+color_columns = ['red', 'green', 'blue']
+
 def patient_features(
     cohort:pd.DataFrame,    # A row an image, with `path`
     cache=None,             # The cohort's `Cache`, or None to read the images
 )->pd.DataFrame:            # Index patient_id; log_height, log_width (log2 pixels), red, green, blue (0 to 255): means over the patient's images
     "Mean image size and mean colour of each patient"
-    from concurrent.futures import ThreadPoolExecutor
-    def color(path): return to_uint8(read_image(path)).mean((0, 1))
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        sizes = np.log2(np.array(list(pool.map(image_size, cohort.path)), float))
-        if cache is None: colors = np.array(list(pool.map(color, cohort.path)))
-        else: colors = np.array(list(pool.map(lambda row: cache.images[row].mean((0, 1)), cache.rows(cohort.image_id))))
-    table = pd.DataFrame(np.hstack([sizes, colors]), columns=['log_height', 'log_width', 'red', 'green', 'blue'])
-    return table.groupby(cohort.patient_id.astype(str).to_numpy()).mean().rename_axis('patient_id')
+    table = measure_images(cohort).reset_index(drop=True)[['height', 'width', *color_columns]]
+    table[['height', 'width']] = np.log2(table[['height', 'width']].astype(float))
+    if cache is not None: table[color_columns] = [cache.images[row].mean((0, 1)) for row in cache.rows(cohort.image_id)]
+    means = table.groupby(cohort.patient_id.astype(str).to_numpy()).mean().rename_axis('patient_id')
+    return means.rename(columns=dict(height='log_height', width='log_width'))
 
 # %% ../nbs/21_audit.ipynb #7f9b601e
 @dataclass(frozen=True)
@@ -121,16 +120,20 @@ def shared_patients(
     "Whether a patient is in more than one split"
     n = int((cohort.groupby(cohort.patient_id.astype(str)).split.nunique() > 1).sum())
     if not n: return _row('shared patients', 'none', 'ok', 'No patient is in more than one split.', 0)
-    return _row('shared patients', f'{n} patients', 'error', f'{n} patients are in more than one split: the model is tested on patients it was trained on, and no result of this split means anything.', n)
+    sentence = f'{n} patient{"s are" if n > 1 else " is"} in more than one split: the model is tested on patients it was trained on, and no result of this split means anything.'
+    return _row('shared patients', f'{n} patients', 'error', sentence, n)
 
 def centers_in_one_split(
     patients:pd.DataFrame,  # A row a patient: center_id, split
 )->dict:                    # One row of the report
     "Which centers lie wholly in one split, beyond chance"
     share = patients.split.value_counts(normalize=True)
-    found = [(c, p.split.iloc[0], len(p)) for c,p in patients.groupby('center_id') if p.split.nunique() == 1 and share[p.split.iloc[0]]**len(p) < .01]
-    if not found or patients.center_id.nunique() == 1: return _row('center in one split', 'none', 'ok', 'No center lies wholly in one split.', 0)
-    means = dict(test='so the test asks how the model does at a center that it has never seen', val='so the validation part is chosen on a center that training lacks',
+    found = [(c, p.split.iloc[0], len(p)) for c,p in patients.groupby('center_id')
+             if p.split.nunique() == 1 and share[p.split.iloc[0]]**len(p) < .01]
+    if not found or patients.center_id.nunique() == 1:
+        return _row('center in one split', 'none', 'ok', 'No center lies wholly in one split.', 0)
+    means = dict(test='so the test asks how the model does at a center that it has never seen',
+                 val='so the epoch is chosen on a center that training lacks',
                  train='so the test says nothing about that center')
     sentence = ' '.join(f'Center {c} is only in {s} ({n} patients), {means[s]}.' for c,s,n in found)
     return _row('center in one split', ', '.join(f'{c} only in {s}' for c,s,_ in found), 'warning', sentence, len(found))
@@ -147,7 +150,8 @@ def duplicates_across(
     if 'split' in cohort: across = across & (a.split.to_numpy() != b.split.to_numpy())
     n, where = int(across.sum()), 'in different splits' if 'split' in cohort else 'of different patients'
     if not n: return _row('near-duplicates', 'none', 'ok', f'No two images {where} are near-duplicates.', 0)
-    return _row('near-duplicates', f'{n} pairs', 'warning', f'{n} pairs of images {where} are nearly the same. Look at them: the same clot under two patients is a leak.', n)
+    sentence = f'{n} pair{"s" if n > 1 else ""} of images {where} {"are" if n > 1 else "is"} nearly the same. Look: the same clot under two patients is a leak.'
+    return _row('near-duplicates', f'{n} pairs', 'warning', sentence, n)
 
 # %% ../nbs/21_audit.ipynb #0a37b138
 def try_probe(
@@ -169,8 +173,12 @@ def _probe_row(check, subject, tried, warn, meaning):
     if estimate is None:
         verdict = 'warning' if 'takes' in reason else 'ok'
         return _row(check, 'no estimate', verdict, f'Whether {subject} alone tells the {goal} cannot be estimated: {reason}.')
-    if not tells(estimate): return _row(check, 'not more than chance', 'ok', f'{subject.capitalize()} alone is not shown to tell the {goal}: AUC {estimate}, chance is 0.5.', *estimate)
-    return _row(check, 'more than chance', 'warning' if warn else 'ok', f'{subject.capitalize()} alone tells the {goal}: AUC {estimate}, chance is 0.5. {meaning}', *estimate)
+    subject, read = subject.capitalize(), f'AUC {estimate}, chance is 0.5.'
+    if tells(estimate): return _row(check, 'more than chance', 'warning' if warn else 'ok', f'{subject} alone tells the {goal}: {read} {meaning}', *estimate)
+    if estimate.low > chance:
+        sentence = f'{subject} alone may tell a little of the {goal}: {read} The lower end is not above {chance + margin}, from where on it could explain a result.'
+        return _row(check, 'little more than chance', 'ok', sentence, *estimate)
+    return _row(check, 'not more than chance', 'ok', f'{subject} alone is not shown to tell the {goal}: {read}', *estimate)
 
 def label_shortcuts(
     patients:pd.DataFrame,  # A row a patient: label, center_id, log_height, log_width
@@ -179,17 +187,18 @@ def label_shortcuts(
 )->list:                    # Rows of the report
     "What the center and the image size tell about the label"
     learned = 'These are the patients that a model would learn it from.'
-    center = 'This is a shortcut: a model can score as high without looking at the clot. Believe only a test on centers that it was not trained on.'
-    size = 'This is a shortcut, unless the pictures were cut to what they show. Bring all pictures to one size and magnification before the result is believed.'
+    center = ('This is a shortcut: a model can score as high without looking at the clot. '
+              'Believe only a test on centers that it was not trained on.')
+    size = ('This is a shortcut, unless the pictures were cut to what they show. '
+            'Bring all pictures to one size and magnification before the result is believed.')
     rows = [_probe_row(f'center -> label{part}', 'the center', try_probe(patients, ['center_id'], 'label', seed), True, learned if part else center),
-            _probe_row(f'image size -> label{part}', 'the image size', try_probe(patients, ['log_height', 'log_width'], 'label', seed), True, learned if part else size)]
-    if set(patients.center_id) == {'unknown'}:
-        rows[0] = _row(f'center -> label{part}', 'no estimate', 'warning', 'The centers are not known, so nobody can say whether a model learned the center instead of the clot. Add a center_id to the cohort.')
-    return rows
+            _probe_row(f'image size -> label{part}', 'the image size', try_probe(patients, ['log_height', 'log_width'], 'label', seed),
+                       True, learned if part else size)]
+    if set(patients.center_id) != {'unknown'}: return rows
+    unknown = 'The centers are not known, so nobody can say whether a model learned the center instead of the clot. Add a center_id to the cohort.'
+    return rows[1:] if part else [_row('center -> label', 'no estimate', 'warning', unknown), rows[1]]     # said once is enough
 
 # %% ../nbs/21_audit.ipynb #b93cc846
-color_columns = ['red', 'green', 'blue']
-
 def color_probes(
     patients:pd.DataFrame,      # A row a patient: label, center_id, red, green, blue
     center_matters:bool=False,  # Whether the center tells the label, or lies wholly in one split
@@ -206,8 +215,8 @@ def color_probes(
              'It does so within a center too, as tissue can: red cells colour a clot. So it is a bar, and a network has to beat it.')
     large = patients.groupby('center_id').label.transform('size') >= least_patients
     to_center = try_probe(patients[large], color_columns, 'center_id', seed) if large.any() else (None, f'no center has {least_patients} patients')
-    links = ('That matters here, where the center tells the label or lies wholly in one split: a model can use the stain in place of the clot, or fail on a stain that it has not seen.'
-             if center_matters else 'Stains differ, and that is harmless as long as the center does not tell the label.')
+    links = ('That matters here, where the center tells the label or lies wholly in one split: '
+             'a model can use the stain in place of the clot, or fail on a stain that it has not seen.' if center_matters else 'Stains differ, and that is harmless as long as the center does not tell the label.')
     rows = [_probe_row('mean colour -> label', 'the mean colour', overall, only_between or blind, means)]
     if several: rows.append(_probe_row('colour within centers -> label', 'the colour, compared within centers,', within, False, 'The tissue itself may be what it sees.'))
     return rows + [_probe_row('mean colour -> center', 'the mean colour', to_center, center_matters, links)]
