@@ -90,9 +90,9 @@ def demo_command(
         return run_experiment(name, {k: v for k,v in parameters.items() if v is not None}, args.runs)
     prepared = step(1, 'prepare', data=args.data, columns=args.columns, preset=args.preset, patients=args.patients, size=args.size, seed=args.seed,
                     train_centers=args.train_centers, test_centers=args.test_centers)
-    trained = step(2, 'train', prepare_run=str(prepared.path.resolve()), arch=args.arch, epochs=args.epochs, seed=args.seed)
-    evaluated = step(3, 'evaluate', train_run=str(trained.path.resolve()), seed=args.seed)
-    report = step(4, 'report', evaluate_run=str(evaluated.path.resolve()))
+    trained = step(2, 'train', prepare_run=prepared.path.name, arch=args.arch, epochs=args.epochs, seed=args.seed)
+    evaluated = step(3, 'evaluate', train_run=trained.path.name, seed=args.seed)
+    report = step(4, 'report', evaluate_run=evaluated.path.name)
     more = 'for another model on the same split, `clot run train -p arch=resnet18`, then `clot run evaluate`.' if args.data else '`clot demo --data FOLDER_OR_CSV` does the same with your own images.'
     print(f'\nNext: open the report in a browser; {more}')
     print(_summary(evaluated) + f'report: {report.path/"report.html"}')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['result_figures', 'page_style', 'page_template', 'html', 'figure_html', 'table_html', 'result_sentences',
-           'cohort_section', 'audit_section', 'training_section', 'result_section', 'origin_section', 'without_folders',
-           'limits_section', 'write_report']
+           'result_table', 'cohort_section', 'audit_section', 'training_section', 'result_section', 'origin_section',
+           'without_folders', 'limits_section', 'write_report']
 
 # %% ../nbs/95_report.ipynb #68631ace
 import base64
@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .core import Run, StripError, read_json, write_text
+from .statistics import Estimate
 
 # %% ../nbs/95_report.ipynb #c9d9ba95
 def html(
@@ -82,6 +83,28 @@ def result_sentences(
 
 def _listing(counts): return ' and '.join(', '.join(f'{n} {c}' for c,n in counts.items()).rsplit(', ', 1))
 
+# %% ../nbs/95_report.ipynb #8624cf99
+def result_table(
+    by_patient:pd.DataFrame,    # From `scores`, by patient
+    by_image:pd.DataFrame,      # From `scores`, by image
+    counts:dict,                # Class -> patients in the test part
+    positive:str,               # The positive class
+    limit:dict|None=None,       # The best AUC any model could reach on a synthetic cohort (`auc`), if known
+)->pd.DataFrame:                # metric, by patient, by image, chance and, with a limit, best possible: all as text
+    "The metrics as a reader wants them: named, rounded, with intervals, beside chance"
+    others = ' or '.join(c for c in counts if c != positive)
+    names = dict(roc_auc='ROC AUC', pr_auc='average precision', balanced_accuracy='balanced accuracy', accuracy='accuracy',
+                 sensitivity=f'sensitivity ({positive} found)', specificity=f'specificity ({others} found)',
+                 ppv=f'precision for {positive}', npv='negative predictive value', f1='F1', mcc='Matthews correlation',
+                 weighted_log_loss='competition log loss, as answered', weighted_log_loss_shifted='competition log loss, prior shifted',
+                 log_loss='log loss', brier='Brier score', calibration_error='calibration error')
+    prevalence = counts.get(positive, 0)/max(sum(counts.values()), 1)
+    chance = dict(roc_auc='0.50', balanced_accuracy='0.50', pr_auc=f'{prevalence:.2f}', weighted_log_loss_shifted='0.69', mcc='0.00')
+    def shown(table): return [f'{Estimate(r.value, r.low, r.high)}{f" ({r.note})" if r.note else ""}' for r in table.loc[list(names)].itertuples()]
+    summary = pd.DataFrame({'metric': names.values(), 'by patient (95 % interval)': shown(by_patient),
+                            'by image (95 % interval)': shown(by_image), 'chance': [chance.get(n, '') for n in names]})
+    return summary.assign(**{'best possible': [f"{limit['auc']:.2f}" if n == 'roc_auc' else '' for n in names]}) if limit else summary
+
 # %% ../nbs/95_report.ipynb #17caad60
 def cohort_section(
     prepared:Run,   # A run of the experiment prepare
@@ -93,7 +116,7 @@ def cohort_section(
 <p>{{ m.source | capitalize }}: {{ m.images + m.quarantined }} images came in.
 {% if m.quarantined %}<strong>{{ m.quarantined }} could not be used</strong> and {{ 'is' if m.quarantined == 1 else 'are' }} listed by reason below.
 {% else %}Every one could be read.{% endif %} The {{ m.images }} that went on show {{ m.patients }} patients
-from {{ m.centers }} center{{ '' if m.centers == 1 else 's' }}. {{ m.split_sentence }} All images of a patient are in one part.</p>
+from {% if m.centers %}{{ m.centers }} center{{ '' if m.centers == 1 else 's' }}{% else %}centers that are not named{% endif %}. {{ m.split_sentence }} All images of a patient are in one part.</p>
 {{ splits }}{{ aside }}{{ figure }}''', m=m, splits=table_html(splits, 'Patients, images, patients of each class, and centers in each part'),
         aside=table_html(pd.read_csv(prepared.path/'tables'/'quarantine_reasons.csv'), 'Images set aside, by reason') if m['quarantined'] else '',
         figure=figure_html(prepared.path/'figures'/'validation.png', 'The cohort by class and center, file format, image size and brightness.'))
@@ -223,7 +246,7 @@ def write_report(
     "Write the report of an evaluation and of the runs it rests on; a `StripError` if `evaluated` is another kind of run"
     if evaluated.name != 'evaluate': raise StripError(f'{evaluated.path.name} is a run of {evaluated.name!r}; a report is made of a run of evaluate.')
     m = evaluated.metrics
-    prepared,trained = Run(m['prepare_run']),Run(m['train_run'])
+    prepared,trained = (Run(evaluated.path.parent/m[k]) for k in ('prepare_run', 'train_run'))
     surest = f"Test images that the model was surest of, right and wrong, with its probability of {m['positive']}."
     pictures = html('<h2 id="pictures">The pictures</h2>{{ cohort }}{{ surest }}',
                     cohort=figure_html(prepared.path/'figures'/'contact_sheet.png', 'Images of the cohort by class, as the model sees them.'),

@@ -148,4 +148,4 @@ def test_a_csv_with_other_column_names_and_a_frozen_backbone(demo, tmp_path):
     assert Run(sorted((tmp_path/'my runs').glob('*-train-*'))[-1]).metrics['epochs_run'] == 1
     shutil.rmtree(tmp_path/'data')
     evaluated = clot('run', 'evaluate', *elsewhere, cwd=tmp_path)
-    assert evaluated.returncode == 2 and 'is gone; `clot run prepare`' in evaluated.stderr
+    assert evaluated.returncode == 2 and 'no finished cache' in evaluated.stderr and '`clot run prepare`' in evaluated.stderr

@@ -179,6 +179,7 @@ class Cache:
         folder,     # A folder that `build_cache` has finished
     ):
         self.folder = Path(folder)
+        if not (self.folder/'index.json').is_file(): raise PreprocessError(f'There is no finished cache in {self.folder}; build_cache makes it, and so does `clot run prepare` with the same parameters.')
         index = read_json(self.folder/'index.json')
         self.preprocessing = Preprocessing(**index['preprocessing'])
         self.row_of = {i: r for r,i in enumerate(index['image_ids'])}
