@@ -38,16 +38,22 @@ def check_spec(
 )->dict:            # The same
     "Check that a spec is whole and makes sense; raises `BundleError`"
     missing,unknown = [k for k in spec_types if k not in spec],[k for k in spec if k not in spec_types]
-    if missing or unknown: raise BundleError(f"The bundle's spec lacks {missing or 'nothing'} and holds unknown {unknown or 'nothing'}; write it with `save_bundle`.")
+    if missing or unknown:
+        raise BundleError(f"The bundle's spec lacks {missing or 'nothing'} and holds unknown {unknown or 'nothing'}; write it with `save_bundle`.")
     for k,t in spec_types.items():
-        if not isinstance(spec[k], t) or isinstance(spec[k], bool): raise BundleError(f"The bundle's {k} is a {type(spec[k]).__name__}, which it cannot be; write it with `save_bundle`.")
+        if not isinstance(spec[k], t) or isinstance(spec[k], bool):
+            raise BundleError(f"The bundle's {k} is a {type(spec[k]).__name__}, which it cannot be; write it with `save_bundle`.")
     classes,shares = spec['classes'],[v for k in ('prior', 'threshold') for v in (spec[k] if isinstance(spec[k], list) else [spec[k]]) if v is not None]
     if not all(isinstance(c, str) for c in classes) or len(set(classes)) != len(classes) or len(classes) != spec['n_classes'] or len(classes) < 2:
         raise BundleError(f"The bundle's classes {classes} are not {spec['n_classes']} different names, 2 or more.")
-    if spec['positive'] not in classes: raise BundleError(f"The bundle's positive class {spec['positive']!r} is none of its classes {classes}.")
-    if not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in shares): raise BundleError(f"The bundle's prior {spec['prior']} and threshold {spec['threshold']} must lie in 0 to 1.")
-    if spec['calibration'] and not (set(spec['calibration']) == {'temperature'} and 0 < spec['calibration']['temperature'] < 1000): raise BundleError(f"The bundle's calibration {spec['calibration']} is not a temperature between 0 and 1000.")
-    if not is_arch(spec['arch']) or not 1 <= spec['in_channels'] <= 64 or not 0 <= spec['dropout'] < 1: raise BundleError(f"The bundle's model ({spec['arch']!r}, {spec['in_channels']} channels, dropout {spec['dropout']}) cannot be built here.")
+    if spec['positive'] not in classes:
+        raise BundleError(f"The bundle's positive class {spec['positive']!r} is none of its classes {classes}.")
+    if not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in shares):
+        raise BundleError(f"The bundle's prior {spec['prior']} and threshold {spec['threshold']} must lie in 0 to 1.")
+    if spec['calibration'] and not (set(spec['calibration']) == {'temperature'} and 0 < spec['calibration']['temperature'] < 1000):
+        raise BundleError(f"The bundle's calibration {spec['calibration']} is not a temperature between 0 and 1000.")
+    if not is_arch(spec['arch']) or not 1 <= spec['in_channels'] <= 64 or not 0 <= spec['dropout'] < 1:
+        raise BundleError(f"The bundle's model ({spec['arch']!r}, {spec['in_channels']} channels, dropout {spec['dropout']}) cannot be built here.")
     return spec
 
 # %% ../nbs/31_bundle.ipynb #67ace0f8
@@ -87,26 +93,35 @@ def save_bundle(
 def _read_json(path):
     "The checked content of bundle.json"
     if not path.is_file() or path.is_symlink(): raise BundleError(f'{path.parent} is not a bundle: it holds no file bundle.json.')
-    if path.stat().st_size > json_bytes: raise BundleError(f'{path} has {path.stat().st_size:,} bytes; a bundle.json has at most {json_bytes:,}, so it is damaged or foreign.')
+    if path.stat().st_size > json_bytes:
+        raise BundleError(f'{path} has {path.stat().st_size:,} bytes; a bundle.json has at most {json_bytes:,}, so it is damaged or foreign.')
     try: body = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise BundleError(f'{path} is not readable JSON ({type(e).__name__}): it is damaged or foreign.') from None
-    if not isinstance(body, dict) or body.get('format') != 'strip-bundle': raise BundleError(f'{path} is not the JSON of a bundle: its format is not strip-bundle.')
-    if body.get('version') != bundle_version: raise BundleError(f"{path} is of version {body.get('version')!r}, and this library reads version {bundle_version}; use the library that wrote it.")
+    except (ValueError, RecursionError) as e:
+        raise BundleError(f'{path} is not readable JSON ({type(e).__name__}): it is damaged or foreign.') from None
+    if not isinstance(body, dict) or body.get('format') != 'strip-bundle':
+        raise BundleError(f'{path} is not the JSON of a bundle: its format is not strip-bundle.')
+    if body.get('version') != bundle_version:
+        raise BundleError(f"{path} is of version {body.get('version')!r}, and this library reads version {bundle_version}; use the library that wrote it.")
     missing = [k for k in ('spec', 'weights', 'sha256') if k not in body]
-    if missing or not isinstance(body['spec'], dict) or not isinstance(body['weights'], dict): raise BundleError(f"{path} lacks {', '.join(missing) or 'a spec or weights'}: it is damaged.")
-    if _digest({k: v for k,v in body.items() if k != 'sha256'}) != body['sha256']: raise BundleError(f'{path} was changed after it was written: its hash does not match.')
+    if missing or not isinstance(body['spec'], dict) or not isinstance(body['weights'], dict):
+        raise BundleError(f"{path} lacks {', '.join(missing) or 'a spec or weights'}: it is damaged.")
+    if _digest({k: v for k,v in body.items() if k != 'sha256'}) != body['sha256']:
+        raise BundleError(f'{path} was changed after it was written: its hash does not match.')
     return body
 
 def _read_weights(folder, about):
     "The tensors of a bundle's weights, if size and hash are those of its JSON"
     from safetensors import SafetensorError
     from safetensors.torch import load
-    if about.get('file') != 'weights.safetensors': raise BundleError(f"{folder} names its weights {about.get('file')!r}; they can only be 'weights.safetensors' in the bundle's own folder.")
+    if about.get('file') != 'weights.safetensors':
+        raise BundleError(f"{folder} names its weights {about.get('file')!r}; they can only be 'weights.safetensors' in the bundle's own folder.")
     path = folder/'weights.safetensors'
     if not path.is_file() or path.is_symlink(): raise BundleError(f'{path} is missing, or only a link.')
-    if path.stat().st_size != about.get('bytes'): raise BundleError(f"{path} has {path.stat().st_size:,} bytes, and {about.get('bytes')} were written: it is damaged.")
+    if path.stat().st_size != about.get('bytes'):
+        raise BundleError(f"{path} has {path.stat().st_size:,} bytes, and {about.get('bytes')} were written: it is damaged.")
     data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != about.get('sha256'): raise BundleError(f'{path} was changed after it was written: its hash does not match.')
+    if hashlib.sha256(data).hexdigest() != about.get('sha256'):
+        raise BundleError(f'{path} was changed after it was written: its hash does not match.')
     try: return load(data)
     except (SafetensorError, ValueError, RuntimeError) as e: raise BundleError(f'{path} is not safetensors: {e}.') from None
 
@@ -139,8 +154,10 @@ def load_bundle(
     except ModelError as e: raise BundleError(f'{folder}: {e}') from e
     own = model.state_dict()
     wrong = sorted(set(own)^set(weights)) + [n for n in own if n in weights and own[n].shape != weights[n].shape]
-    if wrong: raise BundleError(f"{folder}: the weights do not belong to {spec['arch']}; {len(wrong)} tensors are missing, unknown or of another shape, such as {', '.join(wrong[:3])}.")
-    if not all(torch.isfinite(w).all() for w in weights.values()): raise BundleError(f'{folder}: the weights hold values that are not finite; the training that wrote them had failed.')
+    if wrong:
+        raise BundleError(f"{folder}: the weights do not belong to {spec['arch']}; {len(wrong)} tensors are missing, unknown or of another shape, such as {', '.join(wrong[:3])}.")
+    if not all(torch.isfinite(w).all() for w in weights.values()):
+        raise BundleError(f'{folder}: the weights hold values that are not finite; the training that wrote them had failed.')
     model.load_state_dict(weights)
     return Bundle(model.to(device, memory_format=torch.channels_last).eval(), spec, device, body['sha256'])
 
@@ -171,7 +188,8 @@ def _predict(self:Bundle,
 )->np.ndarray:          # (N, C)
     "Probabilities for images as they were read, through the bundle's own preprocessing"
     for i,image in enumerate(images):
-        if np.ndim(image) != 3 or np.shape(image)[2] != 3 or image.dtype != np.uint8: raise BundleError(f'Image {i} is {image.dtype} of shape {np.shape(image)}; it must be uint8 of shape (H, W, 3), see `to_uint8`.')
+        if np.ndim(image) != 3 or np.shape(image)[2] != 3 or image.dtype != np.uint8:
+            raise BundleError(f'Image {i} is {image.dtype} of shape {np.shape(image)}; it must be uint8 of shape (H, W, 3), see `to_uint8`.')
     return self.predict_pixels([self.preprocessing.pixels(image) for image in images], batch_size)
 
 Bundle.predict_pixels,Bundle.predict = _predict_pixels,_predict
@@ -186,7 +204,8 @@ def predict_cohort(
 )->pd.DataFrame:            # The predictions table, a row an image
     "What a bundle says of every image of a cohort"
     if device and device != bundle.device: bundle.model.to(device); bundle.device = device
-    if cache is not None and any(getattr(cache.preprocessing, k) != getattr(bundle.preprocessing, k) for k in ('size', 'fit', 'stain', 'clahe')): raise BundleError('The cache was made with another preprocessing than the bundle was trained with; build it with `bundle.preprocessing`.')
+    if cache is not None and any(getattr(cache.preprocessing, k) != getattr(bundle.preprocessing, k) for k in ('size', 'fit', 'stain', 'clahe')):
+        raise BundleError('The cache was made with another preprocessing than the bundle was trained with; build it with `bundle.preprocessing`.')
     rows = None if cache is None else cache.rows(cohort['image_id'])
     out = []
     for i in progress(range(0, len(cohort), batch_size), 'predict'):

@@ -37,7 +37,8 @@ def run_command(
     "Run or resume one experiment, or list its parameters"
     from strip_notebooks.experiments import experiment_parameters, experiment_path, experiment_paths, resume_experiment, run_experiment
     if args.resume:
-        if args.p or args.f or args.step: raise StripError('--resume takes an unfinished run with its own parameters; give no step and no parameters beside it.')
+        if args.p or args.f or args.step:
+            raise StripError('--resume takes an unfinished run with its own parameters; give no step and no parameters beside it.')
         run = resume_experiment(args.resume, args.runs)
     elif not args.step: return print((args.usage() if args.help else '') + 'experiments: ' + ', '.join(experiment_paths()) + '\n`clot run STEP --help` shows the parameters of one.')
     elif args.help:
@@ -101,9 +102,11 @@ def _check_demo(args):
     "A `StripError` for options that do not go together, and for a model that does not exist"
     if args.data and not Path(args.data).exists(): raise StripError(f'{args.data} does not exist.')
     for option in ('preset', 'patients'):
-        if args.data and getattr(args, option): raise StripError(f'--{option} is about the synthetic cohort, and --data about images of your own; leave one of them out.')
+        if args.data and getattr(args, option):
+            raise StripError(f'--{option} is about the synthetic cohort, and --data about images of your own; leave one of them out.')
     if args.columns and not args.data: raise StripError('--columns maps the columns of a CSV; name it with --data.')
-    if bool(args.train_centers) != bool(args.test_centers): raise StripError('--train-centers and --test-centers go together; give both or neither.')
+    if bool(args.train_centers) != bool(args.test_centers):
+        raise StripError('--train-centers and --test-centers go together; give both or neither.')
     if args.epochs is not None and args.epochs < 1: raise StripError(f'--epochs {args.epochs} must be 1 or more.')
     if args.arch:
         from strip_notebooks.models import create_model

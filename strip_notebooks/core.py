@@ -46,7 +46,8 @@ def class_colors(
 )->dict[str, str]:     # Class name -> hex colour
     "A colour-blind-safe colour for each class, in sorted order: CE blue, LAA vermilion"
     names = sorted(str(c) for c in classes)
-    if len(names) > len(okabe_ito): raise StripError(f'{len(names)} classes, but the palette tells only {len(okabe_ito)} apart; merge some classes.')
+    if len(names) > len(okabe_ito):
+        raise StripError(f'{len(names)} classes, but the palette tells only {len(okabe_ito)} apart; merge some classes.')
     return dict(zip(names, okabe_ito))
 
 # %% ../nbs/00_core.ipynb #ed2221e4
@@ -210,7 +211,8 @@ def _pool(workers):
     try:
         with _deaf(): started = [pool.submit(os.getpid) for _ in range(workers)]
         try: started[0].result()
-        except BrokenProcessPool: raise WorkerError("No process could be started to share the work. In a script, put what starts it below `if __name__ == '__main__':`, or ask for workers=1.") from None
+        except BrokenProcessPool:
+            raise WorkerError("No process could be started to share the work. In a script, put what starts it below `if __name__ == '__main__':`, or ask for workers=1.") from None
         yield pool
     finally:
         held.close(); line.close()
@@ -229,7 +231,8 @@ def _by_workers(function, items, workers, killed):
             except BrokenProcessPool: pass
         items = items[done:]
         if items and alone:
-            if not killed: raise WorkerError(f'The process that worked on {items[0]} was killed twice, the second time with no other beside it: it needs more memory than there is, or is hostile. Leave it out.')
+            if not killed:
+                raise WorkerError(f'The process that worked on {items[0]} was killed twice, the second time with no other beside it: it needs more memory than there is, or is hostile. Leave it out.')
             yield killed(items[0]); items = items[1:]
         alone = not alone
 
@@ -248,6 +251,7 @@ def parallel_map(
 ):                          # Results, one by one, in the order of the items
     "Go through `items` by several processes and show how far it is"
     items = list(items)
+    if workers is not None and workers < 1: raise StripError(f'workers={workers} must be 1 or more, or None for one on each core.')
     return progress(_results(function, items, workers, killed), desc, total=len(items)) if items else iter(())
 
 # %% ../nbs/00_core.ipynb #8a8e7893
@@ -296,7 +300,8 @@ class Run:
         path,   # The run's folder, with its status.json
     ):
         self.path = Path(path)
-        if not (self.path/'status.json').is_file(): raise RunError(f'{path} is not a run: it holds no status.json. `clot runs` lists the runs there are.')
+        if not (self.path/'status.json').is_file():
+            raise RunError(f'{path} is not a run: it holds no status.json. `clot runs` lists the runs there are.')
     name       = property(lambda self: self.status['name'],                     doc="The experiment's name")
     status     = property(lambda self: read_json(self.path/'status.json'),      doc='State, name, times')
     state      = property(lambda self: self.status['state'],                    doc="'running', 'finished' or 'failed'")
@@ -320,8 +325,8 @@ def new_run(
     while path.exists(): path = folder()                                    # of hundreds that start in one second, two may meet
     path.mkdir(parents=True, exist_ok=False)
     write_json(path/'parameters.json', parameters)
-    write_json(path/'environment.json', environment(parameters.get('seed')))
     write_json(path/'status.json', dict(state='running', name=name, started=now(), process=os.getpid(), host=platform.node()))
+    write_json(path/'environment.json', environment(parameters.get('seed')))    # takes a second, in which somebody may press Ctrl-C
     return Run(path)
 
 # %% ../nbs/00_core.ipynb #f988ca0e

@@ -170,7 +170,8 @@ def stage_site(
     config = site_config(root/'_quarto.yml')
     pages = config['project']['render']
     for page in pages:
-        if not (root/page).is_file(): raise StripError(f'_quarto.yml lists {page}, which does not exist; take it out of the list, or write it.')
+        if not (root/page).is_file():
+            raise StripError(f'_quarto.yml lists {page}, which does not exist; take it out of the list, or write it.')
         with open(root/page, encoding='utf-8') as f: notebook = json.load(f)
         place = (root/page).parent.relative_to(get_config().nbs_path).as_posix()
         write_json(folder/page, page_notebook(notebook, '' if place == '.' else place))
@@ -218,7 +219,8 @@ def write_readme(
     exporter = MarkdownExporter(display_data_priority=['image/png', 'text/markdown', 'text/plain'])
     text, found = exporter.from_notebook_node(notebook, dict(unique_key='index', output_files_dir=f'{notebooks}/images'))
     pictures = found.get('outputs', {})
-    if len(described) != len(pictures): raise StripError(f'index.ipynb has {len(pictures)} pictures and {len(described)} descriptions; give each cell with a picture its `#| fig-alt: "..."`.')
+    if len(described) != len(pictures):
+        raise StripError(f'index.ipynb has {len(pictures)} pictures and {len(described)} descriptions; give each cell with a picture its `#| fig-alt: "..."`.')
     for (path, png), alt in zip(pictures.items(), described):
         with atomic_path(folder/path) as p: p.write_bytes(png)
         text = text.replace(f'![png]({path})', f'![{alt}]({path})')

@@ -45,9 +45,11 @@ def experiment_parameters(
         if not isinstance(node, (ast.Assign, ast.AnnAssign)): continue
         name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
         try: default = ast.literal_eval(node.value)
-        except (ValueError, TypeError): raise ExperimentError(f'{Path(path).name}: the parameter {name!r} must be given a plain value, such as 3 or \'a\', where it is declared.') from None
+        except (ValueError, TypeError):
+            raise ExperimentError(f'{Path(path).name}: the parameter {name!r} must be given a plain value, such as 3 or \'a\', where it is declared.') from None
         kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else type(default).__name__
-        if kind not in ('str', 'int', 'float', 'bool', 'list'): raise ExperimentError(f'{Path(path).name}: the parameter {name!r} is a {kind}; make it a str, int, float, bool or list.')
+        if kind not in ('str', 'int', 'float', 'bool', 'list'):
+            raise ExperimentError(f'{Path(path).name}: the parameter {name!r} is a {kind}; make it a str, int, float, bool or list.')
         if name != 'out': found[name] = dict(type=kind, default=default, help=comments.get(node.end_lineno, ''))
     return found
 
@@ -144,7 +146,8 @@ def resume_experiment(
     run = _run_at(run, root)
     state = list_runs(run.path.parent).set_index('run').state[run.path.name]
     if state == 'finished': raise ExperimentError(f'{run.path.name} has finished; there is nothing to resume.')
-    if state == 'running': raise ExperimentError(f'{run.path.name} is running, in the process {run.status["process"]}; wait for it, or stop it first.')
+    if state == 'running':
+        raise ExperimentError(f'{run.path.name} is running, in the process {run.status["process"]}; wait for it, or stop it first.')
     earlier = run.path/'notebook.ipynb'
     if earlier.exists(): earlier.rename(run.path/f"notebook-{len(list(run.path.glob('notebook*.ipynb')))}.ipynb")
     write_json(run.path/'status.json', dict(state='running', name=run.name, started=now(), process=os.getpid()))

@@ -60,7 +60,8 @@ def parameter_stages(
     classifier = model.get_classifier()
     ids = {id(p) for p in classifier.parameters()} if isinstance(classifier, nn.Module) else set()
     head = [n for n,p in model.named_parameters() if id(p) in ids]
-    if not head: raise ModelError(f'{type(model).__name__} has no classifier with weights, so it cannot be trained or frozen by stages; choose another architecture.')
+    if not head:
+        raise ModelError(f'{type(model).__name__} has no classifier with weights, so it cannot be trained or frozen by stages; choose another architecture.')
     groups = group_parameters(model, model.group_matcher(coarse=True))
     stages = [[n for n in groups[k] if n not in head] for k in sorted(groups)]
     return [s for s in stages if s] + [head]
@@ -74,7 +75,8 @@ def unfreeze(
     order = parameter_stages(model)
     if stages == 'head': stages = 0
     if stages == 'all': stages = len(order)
-    if not isinstance(stages, int) or isinstance(stages, bool) or stages < 0: raise ModelError(f"trainable={stages!r} is not 'all', 'head' or a number of stages, 0 or more.")
+    if not isinstance(stages, int) or isinstance(stages, bool) or stages < 0:
+        raise ModelError(f"trainable={stages!r} is not 'all', 'head' or a number of stages, 0 or more.")
     free = {n for s in order[max(0, len(order)-1-stages):] for n in s}
     for n,p in model.named_parameters(): p.requires_grad_(n in free)
     return model
@@ -116,7 +118,8 @@ def load_weights(
     head = set(parameter_stages(model)[-1])
     weights = {n:w for n,w in weights.items() if not (n in head and n in own and w.shape != own[n].shape)}
     wrong = [n for n,w in weights.items() if n not in own or w.shape != own[n].shape] + [n for n in own if n not in weights and n not in head]
-    if wrong: raise ModelError(f"{path} does not fit {type(model).__name__}: {len(wrong)} tensors are missing, unknown or of another shape, such as {', '.join(sorted(wrong)[:3])}; give weights of the same architecture.")
+    if wrong:
+        raise ModelError(f"{path} does not fit {type(model).__name__}: {len(wrong)} tensors are missing, unknown or of another shape, such as {', '.join(sorted(wrong)[:3])}; give weights of the same architecture.")
     model.load_state_dict(weights, strict=False)
     return model
 
@@ -132,7 +135,8 @@ def hub_weights(
     local = "give the path of a safetensors file instead, pretrained='weights.safetensors', or pretrained=False for a random start"
     if not source: raise ModelError(f'No weights are published for {name}; {local}.')
     file = model.pretrained_cfg.get('hf_hub_filename') or 'model.safetensors'
-    if not file.endswith('.safetensors'): raise ModelError(f'The weights of {name} are published only as {file}, which is not safetensors; {local}.')
+    if not file.endswith('.safetensors'):
+        raise ModelError(f'The weights of {name} are published only as {file}, which is not safetensors; {local}.')
     cached = try_to_load_from_cache(source, file)
     if isinstance(cached, str): return cached
     try:
@@ -154,7 +158,8 @@ def is_arch(
 def _build(arch, n_classes, in_channels, dropout):
     "An architecture at its random start"
     import timm
-    if not is_arch(arch): raise ModelError(f"There is no architecture {arch!r}{nearest(str(arch).lower(), ['simple_cnn', *timm.list_models()])}")
+    if not is_arch(arch):
+        raise ModelError(f"There is no architecture {arch!r}{nearest(str(arch).lower(), ['simple_cnn', *timm.list_models()])}")
     if arch == 'simple_cnn': return SimpleCNN(n_classes, in_channels, dropout)
     try: return timm.create_model(arch, num_classes=n_classes, in_chans=in_channels, **(dict(drop_rate=dropout) if dropout else {}))
     except (RuntimeError, TypeError, ValueError, AssertionError) as e:
@@ -169,7 +174,8 @@ def create_model(
     trainable='all',        # 'all', 'head', or how many stages before the head train with it
 )->nn.Module:               # Gives logits (B, n_classes) for images (B, in_channels, H, W)
     "Make a model by name; raises `ModelError` for an unknown name, with the nearest one, and for weights that cannot be had"
-    if n_classes < 2 or in_channels < 1 or not 0 <= dropout < 1: raise ModelError(f'n_classes={n_classes}, in_channels={in_channels}, dropout={dropout}: there must be at least 2 classes and 1 channel, and dropout lies in 0 to below 1.')
+    if n_classes < 2 or in_channels < 1 or not 0 <= dropout < 1:
+        raise ModelError(f'n_classes={n_classes}, in_channels={in_channels}, dropout={dropout}: there must be at least 2 classes and 1 channel, and dropout lies in 0 to below 1.')
     model = _build(arch, n_classes, in_channels, dropout)
     if pretrained is True: load_weights(model, hub_weights(model))
     elif pretrained: load_weights(model, pretrained)

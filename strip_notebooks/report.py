@@ -244,7 +244,8 @@ def write_report(
     evaluated:Run,  # A run of the experiment evaluate; it names the runs before it
 )->Path:            # `path`
     "Write the report of an evaluation and of the runs it rests on; a `StripError` if `evaluated` is another kind of run"
-    if evaluated.name != 'evaluate': raise StripError(f'{evaluated.path.name} is a run of {evaluated.name!r}; a report is made of a run of evaluate.')
+    if evaluated.name != 'evaluate':
+        raise StripError(f'{evaluated.path.name} is a run of {evaluated.name!r}; a report is made of a run of evaluate.')
     m = evaluated.metrics
     prepared,trained = (Run(evaluated.path.parent/m[k]) for k in ('prepare_run', 'train_run'))
     surest = f"Test images that the model was surest of, right and wrong, with its probability of {m['positive']}."

@@ -28,7 +28,8 @@ def patient_table(
     for column in ('patient_id', 'label', 'center_id'):
         if column not in cohort: raise SplitError(f'The cohort has no column {column!r}{nearest(column, cohort.columns)}')
         gaps = np.flatnonzero(cohort[column].isna())
-        if len(gaps): raise SplitError(f'{len(gaps)} rows of the cohort have no {column}, the first is row {gaps[0]}; fill it in or leave the rows out.')
+        if len(gaps):
+            raise SplitError(f'{len(gaps)} rows of the cohort have no {column}, the first is row {gaps[0]}; fill it in or leave the rows out.')
     if not len(cohort): raise SplitError('The cohort has no images, so there are no patients to split.')
     text = cohort[['patient_id', 'label', 'center_id']].astype(str)
     mixed = text.groupby('patient_id').label.transform('nunique').to_numpy() > 1
@@ -190,7 +191,8 @@ def split_by_center(
     centers = sorted(patients.center_id.unique())
     for c in train + test:
         if c not in centers: raise SplitError(f'There is no center {c!r} in the cohort{nearest(c, centers)}')
-    if set(train) & set(test): raise SplitError(f'Center {min(set(train) & set(test))!r} is named for train and for test; a center is in one of them.')
+    if set(train) & set(test):
+        raise SplitError(f'Center {min(set(train) & set(test))!r} is named for train and for test; a center is in one of them.')
     if left := sorted(set(centers) - set(train) - set(test)):
         raise SplitError(f'Centers {", ".join(map(repr, left))} are named neither for train nor for test; name them, or leave their rows out of the cohort first.')
     if not 0 < val_ratio < 1: raise SplitError(f'val_ratio={val_ratio} is not between 0 and 1.')
@@ -203,7 +205,8 @@ def _require_classes(patients, part, what, need=1):
     "`SplitError` if a class of `patients` has fewer than `need` patients in the boolean `part`"
     for label in sorted(patients.label.unique()):
         count = int((part & (patients.label == label)).sum())
-        if count < need: raise SplitError(f'Class {label!r} has {count} patients in {what} which needs at least {need} of each class; choose other parts.')
+        if count < need:
+            raise SplitError(f'Class {label!r} has {count} patients in {what} which needs at least {need} of each class; choose other parts.')
 
 def _deal_classes(patients, part, val_ratio, what, *seed):
     "0 for training and 1 for validation for each patient in the boolean `part`, which has enough patients of each class"
@@ -242,9 +245,11 @@ def fold_split(
     "Test on one fold, train and validate on the others. `SplitError` if the folds are not those of the cohort"
     patients = patient_table(cohort)
     table = folds[folds.repeat == repeat]
-    if table.patient_id.duplicated().any(): raise SplitError(f'A patient is in two folds of repeat {repeat}; make the folds with fold_patients.')
+    if table.patient_id.duplicated().any():
+        raise SplitError(f'A patient is in two folds of repeat {repeat}; make the folds with fold_patients.')
     strangers = len(set(table.patient_id) ^ set(patients.patient_id))
-    if strangers: raise SplitError(f'Repeat {repeat} of the folds and the cohort differ in {strangers} patients; make the folds from this cohort.')
+    if strangers:
+        raise SplitError(f'Repeat {repeat} of the folds and the cohort differ in {strangers} patients; make the folds from this cohort.')
     if fold not in set(table.fold): raise SplitError(f'There is no fold {fold} in repeat {repeat}{nearest(fold, table.fold.unique())}')
     if not 0 < val_ratio < 1: raise SplitError(f'val_ratio={val_ratio} is not between 0 and 1.')
     tested = patients.patient_id.map(dict(zip(table.patient_id, table.fold))).to_numpy() == fold
@@ -315,12 +320,15 @@ def _read_ids(folder):
     for s in split_names:
         path = Path(folder)/f'{s}.txt'
         try: lines = path.read_text(encoding='utf-8-sig').splitlines()
-        except FileNotFoundError: raise SplitError(f'{path} does not exist. Without it nobody knows who is in {s}; write the split again.') from None
-        except (OSError, UnicodeDecodeError) as e: raise SplitError(f'{path} cannot be read as text ({type(e).__name__}); write the split again.') from e
+        except FileNotFoundError:
+            raise SplitError(f'{path} does not exist. Without it nobody knows who is in {s}; write the split again.') from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise SplitError(f'{path} cannot be read as text ({type(e).__name__}); write the split again.') from e
         for number,line in enumerate(lines, 1):
             p = line.strip()
             if not p: continue
-            if p in where: raise SplitError(f'{path}, line {number}, names a patient who is already in {where[p]}; a patient is in one split, once.')
+            if p in where:
+                raise SplitError(f'{path}, line {number}, names a patient who is already in {where[p]}; a patient is in one split, once.')
             split_of[p], where[p] = s, f'{path.name}, line {number}'
         if s not in split_of.values(): raise SplitError(f'{path} names no patient; a split needs train, val and test.')
     return split_of
@@ -334,7 +342,8 @@ def read_splits(
     known = set(patients.patient_id)
     for s in split_names:
         unknown = [p for p in split_of if split_of[p] == s and p not in known]
-        if unknown: raise SplitError(f'{Path(folder)/s}.txt names {len(unknown)} patients that the cohort does not have; use the cohort that was split, or split this one.')
+        if unknown:
+            raise SplitError(f'{Path(folder)/s}.txt names {len(unknown)} patients that the cohort does not have; use the cohort that was split, or split this one.')
     ids = cohort.patient_id.astype(str)
     missing = ~ids.isin(split_of).to_numpy()
     if missing.any():

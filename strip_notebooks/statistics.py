@@ -91,6 +91,7 @@ def bootstrap_weights(
 )->np.ndarray:              # (B, P) how often each patient is in each resample
     "Resamples of patients with replacement within each class, as counts (Efron 1979)"
     y, = _checked(y)
+    if n_resamples < 1: raise StripError(f'n_resamples={n_resamples} must be 1 or more.')
     rng,weights = np.random.default_rng(seed), np.zeros((n_resamples, len(y)))
     for c in (0, 1):
         members = np.flatnonzero(y == c)

@@ -34,13 +34,16 @@ def attribute_columns(
 # %% ../../nbs/11_data.cohort.ipynb #7f60b148
 def _check_cells(cohort):
     "`cohort` with the needed columns as text, none of them empty, a center that is not given as 'unknown', labels without spaces at their ends"
-    if (double := cohort.columns.duplicated()).any(): raise CohortError(f'There are two columns {cohort.columns[double][0]!r}; rename one or leave it out.')
+    if (double := cohort.columns.duplicated()).any():
+        raise CohortError(f'There are two columns {cohort.columns[double][0]!r}; rename one or leave it out.')
     for c in columns_needed:
-        if c not in cohort: raise CohortError(f'The cohort has no column {c!r}{nearest(c, [n for n in cohort if n not in columns_needed])} If it is there under another name, map it with columns.')
+        if c not in cohort:
+            raise CohortError(f'The cohort has no column {c!r}{nearest(c, [n for n in cohort if n not in columns_needed])} If it is there under another name, map it with columns.')
         text = cohort[c].astype('string')
         gap = (text.isna() | (text.str.strip() == '')).to_numpy(bool)
         if c == 'center_id': cohort = cohort.assign(center_id=[('unknown' if g else v) for g,v in zip(gap, cohort[c])])
-        elif gap.any(): raise CohortError(f'{gap.sum()} rows have no {c}, the first is row {gap.argmax()}; fill it in or leave the rows out.')
+        elif gap.any():
+            raise CohortError(f'{gap.sum()} rows have no {c}, the first is row {gap.argmax()}; fill it in or leave the rows out.')
         if any(floats := [pd.api.types.is_float(v) for v in cohort[c]]):
             raise CohortError(f'{c} holds floating-point numbers, first in row {floats.index(True)}, in which zeros and digits may be lost already; read ids as text, as with pandas.read_csv(..., dtype=str).')
     return cohort.assign(**{c: (cohort[c].astype(str).str.strip() if c == 'label' else cohort[c].astype(str)).astype(object) for c in columns_needed}).reset_index(drop=True)
@@ -53,8 +56,10 @@ def check_cohort(
     cohort = _check_cells(cohort)
     if not len(cohort): raise CohortError('The cohort has no images.')
     labels = cohort.groupby('patient_id').label.nunique()
-    if (labels > 1).any(): raise CohortError(f'{(labels > 1).sum()} patients have images under two labels, the first at row {cohort.patient_id.isin(labels.index[labels > 1]).argmax()}; a patient has one label.')
-    if (double := cohort.image_id.duplicated()).any(): raise CohortError(f'{double.sum()} image ids occur more than once, the first again at row {double.argmax()}; an image_id names one image.')
+    if (labels > 1).any():
+        raise CohortError(f'{(labels > 1).sum()} patients have images under two labels, the first at row {cohort.patient_id.isin(labels.index[labels > 1]).argmax()}; a patient has one label.')
+    if (double := cohort.image_id.duplicated()).any():
+        raise CohortError(f'{double.sum()} image ids occur more than once, the first again at row {double.argmax()}; an image_id names one image.')
     centers = cohort.groupby('patient_id').center_id.nunique()
     if (centers > 1).any(): warnings.warn(f'{(centers > 1).sum()} patients have images from two centers; for splits they count to the one with most of their images.', CohortWarning, stacklevel=2)
     for c in ('patient_id', 'label', 'center_id'):
@@ -66,7 +71,8 @@ def check_cohort(
 # %% ../../nbs/11_data.cohort.ipynb #61941833
 def _rename(table, columns):
     "`table` with our column names, by a mapping ours -> theirs; what it had under these names before gives way"
-    if (double := table.columns.duplicated()).any(): raise CohortError(f'There are two columns {table.columns[double][0]!r}; rename one or leave it out.')
+    if (double := table.columns.duplicated()).any():
+        raise CohortError(f'There are two columns {table.columns[double][0]!r}; rename one or leave it out.')
     for ours,theirs in columns.items():
         if theirs not in table: raise CohortError(f'There is no column {theirs!r} (for {ours}){nearest(theirs, table.columns)}')
     away = [c for c in table if c in columns or c in columns.values() and c not in columns_needed]
@@ -93,13 +99,16 @@ def _read_csv(path):
             lines = csv.reader(f, delimiter=max(',;\t', key=first.count), strict=True)
             found = [(lines.line_num, cells) for cells in lines if any(c.strip() for c in cells)]
     except FileNotFoundError: raise CohortError(f'{path} does not exist.') from None
-    except (OSError, UnicodeDecodeError, csv.Error) as e: raise CohortError(f'{path} cannot be read as CSV ({type(e).__name__}); save it as UTF-8 with one header line.') from None
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise CohortError(f'{path} cannot be read as CSV ({type(e).__name__}); save it as UTF-8 with one header line.') from None
     if not found: raise CohortError(f'{path} is empty.')
     if len(found) == 1: raise CohortError(f'{path} has one line, the header, and no images.')
     names = [c.strip() or f'unnamed {i}' for i,c in enumerate(found[0][1])]
     for number,cells in found:
-        if len(cells) != len(names): raise CohortError(f'{path} has {len(cells)} cells in line {number} and {len(names)} in the header; put quotes around a cell that holds a separator, and give every line the same number of cells.')
-    if repeated := [n for i,n in enumerate(names) if n in names[:i]]: raise CohortError(f'{path} has two columns {repeated[0]!r}; rename one or leave it out.')
+        if len(cells) != len(names):
+            raise CohortError(f'{path} has {len(cells)} cells in line {number} and {len(names)} in the header; put quotes around a cell that holds a separator, and give every line the same number of cells.')
+    if repeated := [n for i,n in enumerate(names) if n in names[:i]]:
+        raise CohortError(f'{path} has two columns {repeated[0]!r}; rename one or leave it out.')
     return pd.DataFrame([cells for _,cells in found[1:]], columns=names, dtype=object)
 
 # %% ../../nbs/11_data.cohort.ipynb #eb004db7
@@ -108,7 +117,8 @@ def _files(folder, above=()):
     here = os.path.realpath(folder)
     if here in above: return
     try: names = sorted(os.listdir(folder))
-    except OSError as e: raise CohortError(f'{folder} cannot be listed ({type(e).__name__}); ask for the right to read it, or move it out of the data.') from None
+    except OSError as e:
+        raise CohortError(f'{folder} cannot be listed ({type(e).__name__}); ask for the right to read it, or move it out of the data.') from None
     for path in (Path(folder)/n for n in names if not n.startswith('.')):
         if os.path.isdir(path): yield from _files(path, (*above, here))
         else: yield path
@@ -122,7 +132,8 @@ def _stem(name):
 def _find_images(ids, folders):
     "The path of each id's image in the first folder that holds any, a path that is not there for an id without one; None if no folder holds any"
     for row,i in enumerate(ids):
-        if '..' in Path(i).parts or Path(i).is_absolute(): raise CohortError(f'The image_id of row {row} leads out of the folder of the images; add a column path.')
+        if '..' in Path(i).parts or Path(i).is_absolute():
+            raise CohortError(f'The image_id of row {row} leads out of the folder of the images; add a column path.')
     for folder in filter(Path.is_dir, folders):
         files = {}
         for f in _files(folder):
@@ -131,7 +142,8 @@ def _find_images(ids, folders):
         found = [files.get(_composed(i), []) for i in ids]
         if not any(found): continue
         for row,fits in enumerate(found):
-            if len(fits) > 1: raise CohortError(f'The image_id of row {row} fits {len(fits)} files in {folder}; add a column path that says which.')
+            if len(fits) > 1:
+                raise CohortError(f'The image_id of row {row} fits {len(fits)} files in {folder}; add a column path that says which.')
         return [os.path.abspath(fits[0] if fits else folder/i) for i,fits in zip(ids, found)]
 
 def _composed(name):
@@ -148,10 +160,12 @@ def cohort_from_csv(
     csv = Path(csv)
     frame = _rename(_read_csv(csv), columns or {})
     if 'path' not in frame:
-        if 'image_id' not in frame: raise CohortError(f'{csv} has no column \'image_id\'{nearest("image_id", frame.columns)} If it is there under another name, map it with columns.')
+        if 'image_id' not in frame:
+            raise CohortError(f'{csv} has no column \'image_id\'{nearest("image_id", frame.columns)} If it is there under another name, map it with columns.')
         folders = [Path(images)] if images else [csv.with_suffix(''), csv.parent/'images', csv.parent]
         paths = _find_images(frame.image_id, folders)
-        if paths is None: raise CohortError(f'No image of {csv} was found in {" or ".join(str(f) for f in folders)}; name their folder, or add a column path.')
+        if paths is None:
+            raise CohortError(f'No image of {csv} was found in {" or ".join(str(f) for f in folders)}; name their folder, or add a column path.')
         frame = frame.assign(path=paths)
     return cohort_from_frame(frame, root=csv.parent)
 
@@ -165,11 +179,14 @@ def cohort_from_folder(
     if not folder.is_dir(): raise CohortError(f'{folder} is no folder; give one with LABEL/patient/image, or a CSV.')
     found = list(_files(folder))
     deep = {f: len(f.relative_to(folder).parts) >= 3 for f in found}
-    if gone := [f for f in found if not deep[f] and not f.suffix and not f.exists()]: raise CohortError(f'{gone[0]} is a link that leads nowhere, in the place of a folder of a label or a patient; mend or remove it.')
+    if gone := [f for f in found if not deep[f] and not f.suffix and not f.exists()]:
+        raise CohortError(f'{gone[0]} is a link that leads nowhere, in the place of a folder of a label or a patient; mend or remove it.')
     files = sorted(f for f in found if is_image_file(f) or not f.suffix and deep[f])
     shallow = [f for f in files if not deep[f]]
-    if shallow: raise CohortError(f'{len(shallow)} images lie in {folder} without a folder of a patient, {shallow[0].relative_to(folder)} among them; the layout is LABEL/patient/image.')
-    if not files: raise CohortError(f'No images are in {folder}; the layout is LABEL/patient/image, and the endings are {", ".join(image_suffixes)}.')
+    if shallow:
+        raise CohortError(f'{len(shallow)} images lie in {folder} without a folder of a patient, {shallow[0].relative_to(folder)} among them; the layout is LABEL/patient/image.')
+    if not files:
+        raise CohortError(f'No images are in {folder}; the layout is LABEL/patient/image, and the endings are {", ".join(image_suffixes)}.')
     parts = [f.relative_to(folder).parts for f in files]
     return check_cohort(pd.DataFrame(dict(image_id=['/'.join(p[1:]) for p in parts], patient_id=[p[1] for p in parts], label=[p[0] for p in parts], center_id=center, path=[os.path.abspath(f) for f in files])))
 
@@ -260,7 +277,8 @@ def load_salt(
     try:
         with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), 'w') as f: f.write(secrets.token_hex(16))
     except FileExistsError: pass                                            # made before, or by another process just now
-    if len(salt := path.read_text().strip()) != 32: raise CohortError(f'{path} holds no key; bring back the one that was there, or delete the file to get another, which gives every patient another pseudonym.')
+    if len(salt := path.read_text().strip()) != 32:
+        raise CohortError(f'{path} holds no key; bring back the one that was there, or delete the file to get another, which gives every patient another pseudonym.')
     return salt
 
 # %% ../../nbs/11_data.cohort.ipynb #f171d99e
@@ -271,5 +289,6 @@ def pseudonymise(
     "Replace patient and image ids by keyed hashes, the same for the same key"
     def hashed(kind, ids): return [f'{kind}-{content_hash(salt, kind, i)[:10]}' for i in ids]
     new = cohort.assign(patient_id=hashed('P', cohort.patient_id), image_id=hashed('I', cohort.image_id))
-    if new.image_id.duplicated().any() or new.patient_id.nunique() != cohort.patient_id.nunique(): raise CohortError('Two ids got the same pseudonym; delete pseudonym.key in the data folder to get another key.')
+    if new.image_id.duplicated().any() or new.patient_id.nunique() != cohort.patient_id.nunique():
+        raise CohortError('Two ids got the same pseudonym; delete pseudonym.key in the data folder to get another key.')
     return new, pd.DataFrame(dict(image_id=new.image_id, patient_id=new.patient_id, original_image_id=cohort.image_id, original_patient_id=cohort.patient_id))

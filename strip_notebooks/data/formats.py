@@ -72,9 +72,11 @@ def _format(path):
     "The format of a file whose size has been looked at"
     try: head,packed = _head(path)
     except PermissionError: raise _forbidden(path) from None
-    except (OSError, EOFError, zlib.error) as e: raise ImageError(path, 'damaged', f'it cannot be read ({type(e).__name__}); copy it again from its source.') from None
+    except (OSError, EOFError, zlib.error) as e:
+        raise ImageError(path, 'damaged', f'it cannot be read ({type(e).__name__}); copy it again from its source.') from None
     kind = _kind(head, path.suffix.lower())
-    if packed and kind not in (None, 'nifti'): raise ImageError(path, 'unsupported', f'it is a {kind} file packed by gzip; unpack it (gunzip) first.')
+    if packed and kind not in (None, 'nifti'):
+        raise ImageError(path, 'unsupported', f'it is a {kind} file packed by gzip; unpack it (gunzip) first.')
     if kind: return kind
     raise ImageError(path, 'not_an_image', f'its first bytes are of no format that is read here ({", ".join(image_suffixes)}); remove it from the data or convert it.')
 
@@ -89,7 +91,8 @@ def _checked_file(path, limits):
     if not plain: raise ImageError(path, 'not_a_file', 'it is not a plain file (a folder, a broken link or a device).')
     size = path.stat().st_size
     if size == 0: raise ImageError(path, 'empty', 'it holds no bytes; copy it again from its source.')
-    if size > limits.file_bytes: raise ImageError(path, 'too_large', f'{size/2**20:,.0f} MB are more than the {limits.file_bytes/2**20:,.0f} MB allowed; raise Limits.file_bytes if you trust it.')
+    if size > limits.file_bytes:
+        raise ImageError(path, 'too_large', f'{size/2**20:,.0f} MB are more than the {limits.file_bytes/2**20:,.0f} MB allowed; raise Limits.file_bytes if you trust it.')
 
 # %% ../../nbs/10_data.formats.ipynb #5659d2d6
 def _three_channels(path, a):
@@ -97,11 +100,13 @@ def _three_channels(path, a):
     if a.dtype == bool: a = a.astype(np.uint8)*255
     elif a.dtype.kind == 'u' and a.dtype.itemsize > 1: a = (a/np.iinfo(a.dtype).max).astype(np.float32)
     elif a.dtype.kind == 'f': a = a.astype(np.float32)
-    elif a.dtype != np.uint8: raise ImageError(path, 'unsupported', f'pixels of the type {a.dtype} have no stated range; save them as uint8, uint16 or floats from 0 to 1, or give window=(low, high).')
+    elif a.dtype != np.uint8:
+        raise ImageError(path, 'unsupported', f'pixels of the type {a.dtype} have no stated range; save them as uint8, uint16 or floats from 0 to 1, or give window=(low, high).')
     if a.dtype == np.float32 and not ((a >= 0) & (a <= 1)).all():
         raise ImageError(path, 'range', 'its numbers are not all between 0 and 1; give window=(low, high), the values that shall be black and white.')
     if a.ndim == 2: a = a[..., None]
-    if a.ndim != 3 or a.shape[-1] not in (1, 2, 3, 4) or 0 in a.shape: raise ImageError(path, 'unsupported', f'an array of the shape {a.shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
+    if a.ndim != 3 or a.shape[-1] not in (1, 2, 3, 4) or 0 in a.shape:
+        raise ImageError(path, 'unsupported', f'an array of the shape {a.shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
     if a.shape[-1] in (2, 4): a = _on_white(a)
     return np.ascontiguousarray(np.broadcast_to(a, a.shape[:2] + (3,)))
 
@@ -127,16 +132,19 @@ def _checked_window(path, window):
 def _shown_between(path, a, window):
     "The array itself, or as `_window` shows it"
     if not window: return a
-    if a.ndim == 3 and a.shape[-1] in (2, 4): raise ImageError(path, 'choice', 'it has an opacity channel, which a window cannot change; leave window out.')
+    if a.ndim == 3 and a.shape[-1] in (2, 4):
+        raise ImageError(path, 'choice', 'it has an opacity channel, which a window cannot change; leave window out.')
     return _window(a, window)
 
 def _bounded(path, pixels, limits):
     "An `ImageError` if more pixels would be decoded than allowed"
-    if pixels > limits.pixels: raise ImageError(path, 'too_large', f'{pixels/1e6:,.0f} million pixels are more than the {limits.pixels/1e6:,.0f} million allowed; read a smaller level or tiles of it, or raise Limits.pixels.')
+    if pixels > limits.pixels:
+        raise ImageError(path, 'too_large', f'{pixels/1e6:,.0f} million pixels are more than the {limits.pixels/1e6:,.0f} million allowed; read a smaller level or tiles of it, or raise Limits.pixels.')
 
 def _chosen(path, index, count, what):
     "`index` if it is one of `count`; an `ImageError` if not"
-    if not isinstance(index, (int, np.integer)) or not -count <= index < count: raise ImageError(path, 'choice', f'there is no {what} {index!r}; it has {count}.')
+    if not isinstance(index, (int, np.integer)) or not -count <= index < count:
+        raise ImageError(path, 'choice', f'there is no {what} {index!r}; it has {count}.')
     return int(index) % count
 
 # %% ../../nbs/10_data.formats.ipynb #6b9f5bf6
@@ -187,11 +195,15 @@ def _read_tiff(path, frame, limits):
         page = f.pages[_chosen(path, frame or 0, len(f.pages), 'page')]
         _bounded(path, page.imagelength*page.imagewidth, limits)
         if page.imagedepth != 1: raise ImageError(path, 'unsupported', 'a page holds a volume; save its slices as pages.')
-        if page.samplesperpixel > 4: raise ImageError(path, 'unsupported', f'its pixels have {page.samplesperpixel} channels; save the ones to be seen as grey, RGB or RGBA.')
-        if len(page.dataoffsets) < np.prod(page.chunked): raise ImageError(path, 'damaged', f'it lists {len(page.dataoffsets)} of its {np.prod(page.chunked)} strips or tiles; copy it again from its source.')
-        if max(o + n for o,n in zip(page.dataoffsets, page.databytecounts)) > f.filehandle.size: raise ImageError(path, 'damaged', 'it ends before its last strip or tile; copy it again from its source.')
+        if page.samplesperpixel > 4:
+            raise ImageError(path, 'unsupported', f'its pixels have {page.samplesperpixel} channels; save the ones to be seen as grey, RGB or RGBA.')
+        if len(page.dataoffsets) < np.prod(page.chunked):
+            raise ImageError(path, 'damaged', f'it lists {len(page.dataoffsets)} of its {np.prod(page.chunked)} strips or tiles; copy it again from its source.')
+        if max(o + n for o,n in zip(page.dataoffsets, page.databytecounts)) > f.filehandle.size:
+            raise ImageError(path, 'damaged', 'it ends before its last strip or tile; copy it again from its source.')
         photometric = page.photometric.name
-        if photometric not in ('MINISWHITE', 'MINISBLACK', 'RGB', 'PALETTE', 'SEPARATED', 'YCBCR'): raise ImageError(path, 'unsupported', f'its colours are stored as {photometric}; save it as RGB.')
+        if photometric not in ('MINISWHITE', 'MINISBLACK', 'RGB', 'PALETTE', 'SEPARATED', 'YCBCR'):
+            raise ImageError(path, 'unsupported', f'its colours are stored as {photometric}; save it as RGB.')
         _bounded_segments(path, page, limits)
         return _turned(_tiff_colors(page, page.asarray(), photometric), page.tags.valueof(274, 1))
 
@@ -248,20 +260,24 @@ def _bounded_segments(path, page, limits):
     rows,columns = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, page.imagelength), page.imagewidth)
     _bounded(path, rows*columns, limits)
     if page.compression in _packed_in_tiff: return
-    if page.compression not in _jpeg_in_tiff + _jpeg2000_in_tiff: raise ImageError(path, 'unsupported', f'its coding ({page.compression.name}) is not read here; save it with LZW, deflate or JPEG.')
+    if page.compression not in _jpeg_in_tiff + _jpeg2000_in_tiff:
+        raise ImageError(path, 'unsupported', f'its coding ({page.compression.name}) is not read here; save it with LZW, deflate or JPEG.')
     for data,_ in page.parent.filehandle.read_segments(page.dataoffsets, page.databytecounts):
         if not data: continue                                                # a tile left out is background
         height,width = _stream_size(data) or (math.inf, math.inf)
-        if height > rows + 15 or width > columns + 15: raise ImageError(path, 'damaged', f'a tile of {columns} x {rows} pixels holds a stream of {width} x {height} or none; such a file is damaged or hostile.')
+        if height > rows + 15 or width > columns + 15:
+            raise ImageError(path, 'damaged', f'a tile of {columns} x {rows} pixels holds a stream of {width} x {height} or none; such a file is damaged or hostile.')
 
 # %% ../../nbs/10_data.formats.ipynb #7f770df9
 def _read_npy(path, limits):
     "An array from a file, without unpickling"
     try: a = np.load(path, mmap_mode='r', allow_pickle=False)
     except ValueError as e:
-        if 'object' in str(e).lower() and 'max_header_size' not in str(e): raise ImageError(path, 'unsupported', 'it holds Python objects, which are never unpickled; save a plain array.') from None
+        if 'object' in str(e).lower() and 'max_header_size' not in str(e):
+            raise ImageError(path, 'unsupported', 'it holds Python objects, which are never unpickled; save a plain array.') from None
         raise
-    if a.ndim not in (2, 3) or a.ndim == 3 and a.shape[-1] > 4: raise ImageError(path, 'unsupported', f'an array of the shape {a.shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
+    if a.ndim not in (2, 3) or a.ndim == 3 and a.shape[-1] > 4:
+        raise ImageError(path, 'unsupported', f'an array of the shape {a.shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
     _bounded(path, a.shape[0]*a.shape[1], limits)
     if a.dtype.kind not in 'uifb': raise ImageError(path, 'unsupported', f'pixels of the type {a.dtype} are no numbers.')
     return np.array(a)
@@ -272,10 +288,12 @@ def _dataset(path, limits):
     import pydicom
     _bounded_deflate(path, limits)
     try: ds = pydicom.dcmread(path, force=True)
-    except RecursionError: raise ImageError(path, 'nested', f'its sequences are nested more than {limits.nesting} deep; such a file is damaged or hostile.') from None
+    except RecursionError:
+        raise ImageError(path, 'nested', f'its sequences are nested more than {limits.nesting} deep; such a file is damaged or hostile.') from None
     level,depth = [ds],0
     while level := [item for d in level for item in _sequence_items(d)]:
-        if (depth := depth + 1) > limits.nesting: raise ImageError(path, 'nested', f'its sequences are nested more than {limits.nesting} deep; such a file is damaged or hostile.')
+        if (depth := depth + 1) > limits.nesting:
+            raise ImageError(path, 'nested', f'its sequences are nested more than {limits.nesting} deep; such a file is damaged or hostile.')
     if not any(k in ds for k in ('PixelData', 'FloatPixelData', 'DoubleFloatPixelData')):
         raise _without_pixels(path, ds)
     if 'TransferSyntaxUID' not in ds.file_meta: ds.file_meta.TransferSyntaxUID = _guessed_syntax(*ds.original_encoding)
@@ -313,7 +331,8 @@ def _bounded_deflate(path, limits):
         stream,unpacked = zlib.decompressobj(-zlib.MAX_WBITS),0
         while data := stream.unconsumed_tail or f.read(2**20):
             unpacked += len(stream.decompress(data, 2**24))
-            if unpacked > limits.file_bytes: raise ImageError(path, 'too_large', f'it unpacks to more than the {limits.file_bytes/2**20:,.0f} MB allowed.')
+            if unpacked > limits.file_bytes:
+                raise ImageError(path, 'too_large', f'it unpacks to more than the {limits.file_bytes/2**20:,.0f} MB allowed.')
             if stream.eof: return
 
 def _stored_range(ds):
@@ -359,7 +378,8 @@ def _stored(path, ds, index, count):
     if syntax not in (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *jpeg2000): return pixel_array(ds, index=index)
     frame = get_frame(ds.PixelData, index, number_of_frames=count)
     size = _stream_size(frame)
-    if size != (ds.Rows, ds.Columns): raise ImageError(path, 'damaged', f'its header says {ds.Columns} x {ds.Rows} pixels and its data ' + (f'{size[1]} x {size[0]}' if size else 'say nothing') + '; such a file is damaged or hostile.')
+    if size != (ds.Rows, ds.Columns):
+        raise ImageError(path, 'damaged', f'its header says {ds.Columns} x {ds.Rows} pixels and its data ' + (f'{size[1]} x {size[0]}' if size else 'say nothing') + '; such a file is damaged or hostile.')
     if syntax == JPEGExtended12Bit and ds.BitsStored > 8:
         from imagecodecs import jpeg_decode
         return jpeg_decode(frame)
@@ -372,7 +392,8 @@ def _dicom_picture(path, ds, a, window):
         a = apply_color_lut(a, ds)
         return (a >> 8).astype(np.uint8) if a.dtype.itemsize > 1 else a
     if ds.SamplesPerPixel > 1: return a if ds.BitsStored in (8, 16) else (a/(2**ds.BitsStored - 1)).astype(np.float32)
-    if a.dtype.kind == 'f' and not window and 'WindowCenter' not in ds: raise ImageError(path, 'range', 'it holds floating-point numbers without a stated range; give window=(low, high).')
+    if a.dtype.kind == 'f' and not window and 'WindowCenter' not in ds:
+        raise ImageError(path, 'range', 'it holds floating-point numbers without a stated range; give window=(low, high).')
     plain = not window and 'WindowCenter' not in ds and 'VOILUTSequence' not in ds and 'ModalityLUTSequence' not in ds and ds.BitsStored == 8 and not ds.PixelRepresentation and float(ds.get('RescaleSlope', 1)) > 0
     if plain: grey = a.astype(np.uint8)
     else: grey = _shown(ds, apply_modality_lut(a, ds), window)
@@ -394,10 +415,13 @@ def _shown(ds, a, window):
 def _read_nifti(path, frame, slice_, window, limits):
     import nibabel
     volume = nibabel.load(_nifti_name(path))
-    if not hasattr(volume, 'slicer') or len(volume.shape) < 2: raise ImageError(path, 'unsupported', 'it holds no volume (a matrix of connectivity, say); remove it from the data.')
-    if getattr(volume.dataobj, 'offset', 0) > limits.file_bytes: raise ImageError(path, 'damaged', 'its header says that the pixels begin after the end of the file; copy it again from its source.')
+    if not hasattr(volume, 'slicer') or len(volume.shape) < 2:
+        raise ImageError(path, 'unsupported', 'it holds no volume (a matrix of connectivity, say); remove it from the data.')
+    if getattr(volume.dataobj, 'offset', 0) > limits.file_bytes:
+        raise ImageError(path, 'damaged', 'its header says that the pixels begin after the end of the file; copy it again from its source.')
     shape = volume.shape + (1,)*(4 - len(volume.shape))
-    if len(volume.shape) > 4 and max(volume.shape[4:]) > 1: raise ImageError(path, 'unsupported', f'a volume of the shape {volume.shape} has more than four dimensions.')
+    if len(volume.shape) > 4 and max(volume.shape[4:]) > 1:
+        raise ImageError(path, 'unsupported', f'a volume of the shape {volume.shape} has more than four dimensions.')
     _bounded(path, int(np.prod(shape[:3], dtype=np.int64)), limits)
     t = _chosen(path, frame or 0, shape[3], 'volume')
     canonical = nibabel.as_closest_canonical(volume.slicer[..., t, *(0,)*(len(volume.shape) - 4)] if len(volume.shape) > 3 else volume)
@@ -411,14 +435,16 @@ def _read_nifti(path, frame, slice_, window, limits):
 
 def _nifti_name(path):
     "The path if nibabel knows its ending, else an error that says which endings it knows"
-    if not str(path).lower().endswith(('.nii', '.nii.gz', '.img', '.hdr')): raise ImageError(path, 'unsupported', 'it is a NIfTI file by its content; name it .nii or .nii.gz.')
+    if not str(path).lower().endswith(('.nii', '.nii.gz', '.img', '.hdr')):
+        raise ImageError(path, 'unsupported', 'it is a NIfTI file by its content; name it .nii or .nii.gz.')
     return path
 
 def _nifti_window(path, header, a):
     "The range that the header asks to be shown, or that of the whole volume"
     low,high = float(header.get('cal_min', 0)), float(header.get('cal_max', 0))
     if not high > low: low,high = float(np.nanmin(a)), float(np.nanmax(a))
-    if not np.isfinite([low, high]).all(): raise ImageError(path, 'range', 'it holds infinite numbers or none at all; give window=(low, high).')
+    if not np.isfinite([low, high]).all():
+        raise ImageError(path, 'range', 'it holds infinite numbers or none at all; give window=(low, high).')
     return low, high if high > low else low + 1
 
 def _slice_index(path, a, slice_):
@@ -504,7 +530,8 @@ def _tiff_size(path):
 
 def _npy_size(path):
     shape = np.load(path, mmap_mode='r', allow_pickle=False).shape
-    if len(shape) < 2: raise ImageError(path, 'unsupported', f'an array of the shape {shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
+    if len(shape) < 2:
+        raise ImageError(path, 'unsupported', f'an array of the shape {shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
     return shape[:2]
 
 def _dicom_size(path):
@@ -517,7 +544,8 @@ def _dicom_size(path):
 def _nifti_size(path):
     import nibabel
     volume = nibabel.load(_nifti_name(path))
-    if not hasattr(volume, 'slicer') or len(volume.shape) < 2: raise ImageError(path, 'unsupported', 'it holds no volume (a matrix of connectivity, say); remove it from the data.')
+    if not hasattr(volume, 'slicer') or len(volume.shape) < 2:
+        raise ImageError(path, 'unsupported', 'it holds no volume (a matrix of connectivity, say); remove it from the data.')
     axes = nibabel.io_orientation(volume.affine)[:, 0]                # which axis of the patient each axis of the file runs along
     sides = {int(axis): side for axis,side in zip(axes, volume.shape + (1,))}
     return sides[1], sides[0]
@@ -528,7 +556,8 @@ def write_image(
     image:np.ndarray,   # (H, W, 3) uint8
 )->None:
     "Write a picture atomically as PNG, JPEG, BMP, NPY, DICOM, NIfTI or tiled TIFF; an `ImageError` for another ending or array"
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3: raise ImageError(path, 'unsupported', f'an array {image.shape} of {image.dtype} cannot be written; (H, W, 3) uint8 can.')
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ImageError(path, 'unsupported', f'an array {image.shape} of {image.dtype} cannot be written; (H, W, 3) uint8 can.')
     name = Path(path).name.lower()
     with atomic_path(path) as p:
         if name.endswith(('.png', '.jpg', '.jpeg', '.bmp')):

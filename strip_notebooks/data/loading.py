@@ -26,7 +26,8 @@ class CohortImages:
         seed:int=0,                 # With epoch, row and repeat, the seed of each augmentation
     ):
         if not len(cohort): raise StripError('A loader was asked for a cohort without images; look at the split.')
-        if 'split' in cohort and cohort.split.isna().any(): raise StripError(f'{cohort.split.isna().sum()} images are in no split; split the cohort anew.')
+        if 'split' in cohort and cohort.split.isna().any():
+            raise StripError(f'{cohort.split.isna().sum()} images are in no split; split the cohort anew.')
         strange = set(cohort.label) - set(classes)
         if strange: raise StripError(f'The label {min(strange)!r} is not one of the classes{nearest(min(strange), classes)}')
         self.cache,self.policy,self.seed = cache,policy,seed
@@ -90,7 +91,8 @@ def make_loader(
     seed:int=0,             # Decides the order
 ):                          # A torch DataLoader with `set_epoch`; batches as `CohortImages` gives them
     "Batches of a cohort, the same for any number of workers; a `StripError` for an unknown balance"
-    if balance not in (None, '', 'class', 'patient'): raise StripError(f'balance={balance!r} is unknown{nearest(balance, ["class", "patient"])}')
+    if balance not in (None, '', 'class', 'patient'):
+        raise StripError(f'balance={balance!r} is unknown{nearest(balance, ["class", "patient"])}')
     if batch_size < 1: raise StripError(f'batch_size={batch_size} must be at least 1.')
     from torch.utils.data import DataLoader
     batches = _Batches(images, batch_size, train, balance or None, seed)

@@ -118,12 +118,14 @@ class Preprocessing:
     scale:tuple = ()            # By channel, above 0: divided by; filled by `fit_normalisation`
     def __post_init__(self):
         for name,allowed in dict(fit=('pad', 'crop'), stain=('', 'macenko', 'reinhard'), normalise_by=('imagenet', 'zscore', 'minmax', 'percentile')).items():
-            if getattr(self, name) not in allowed: raise PreprocessError(f'{name}={getattr(self, name)!r} is unknown{nearest(getattr(self, name), allowed)}')
+            if getattr(self, name) not in allowed:
+                raise PreprocessError(f'{name}={getattr(self, name)!r} is unknown{nearest(getattr(self, name), allowed)}')
         if not 1 <= self.size <= 4096: raise PreprocessError(f'size={self.size} is outside 1 to 4096 pixels.')
         if not 0 <= self.clahe <= 40: raise PreprocessError(f'clahe={self.clahe} is outside 0 to 40.')
         for name in ('shift', 'scale'): object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         if not self.shift and self.normalise_by == 'imagenet': object.__setattr__(self, 'shift', imagenet[0]); object.__setattr__(self, 'scale', imagenet[1])
-        if len(self.shift) != len(self.scale) or len(self.shift) not in (0, 3) or not all(s > 0 for s in self.scale): raise PreprocessError('shift and scale need three numbers each, the scale above 0.')
+        if len(self.shift) != len(self.scale) or len(self.shift) not in (0, 3) or not all(s > 0 for s in self.scale):
+            raise PreprocessError('shift and scale need three numbers each, the scale above 0.')
 
     def pixels(self,
         image:np.ndarray,   # (H, W, 3), uint8 0 to 255 or float32 0 to 1
@@ -164,7 +166,8 @@ def normalise(
 ):                                  # (B, 3, S, S) tensor, float32
     "The numbers that go into the model: pixels from 0 to 1, less `shift`, by `scale`; percentiles are cut at 0 and 1"
     import torch
-    if not preprocessing.shift: raise PreprocessError(f'The {preprocessing.normalise_by} normalisation is not fitted; call fit_normalisation with the training images.')
+    if not preprocessing.shift:
+        raise PreprocessError(f'The {preprocessing.normalise_by} normalisation is not fitted; call fit_normalisation with the training images.')
     if batch.dtype != torch.uint8: raise PreprocessError(f'A batch of {batch.dtype} was to be normalised; pixels are uint8 until here.')
     shift,scale = (torch.tensor(v, device=batch.device).view(3, 1, 1)*255 for v in (preprocessing.shift, preprocessing.scale))
     out = (batch - shift)/scale
@@ -179,12 +182,14 @@ class Cache:
         folder,     # A folder that `build_cache` has finished
     ):
         self.folder = Path(folder)
-        if not (self.folder/'index.json').is_file(): raise PreprocessError(f'There is no finished cache in {self.folder}; build_cache makes it, and so does `clot run prepare` with the same parameters.')
+        if not (self.folder/'index.json').is_file():
+            raise PreprocessError(f'There is no finished cache in {self.folder}; build_cache makes it, and so does `clot run prepare` with the same parameters.')
         index = read_json(self.folder/'index.json')
         self.preprocessing = Preprocessing(**index['preprocessing'])
         self.row_of = {i: r for r,i in enumerate(index['image_ids'])}
         try: self.images = np.load(self.folder/'images.npy', mmap_mode='r')
-        except (OSError, ValueError): raise PreprocessError(f'The cache {self.folder} has lost its pixels; delete this folder, and build_cache makes it anew.') from None
+        except (OSError, ValueError):
+            raise PreprocessError(f'The cache {self.folder} has lost its pixels; delete this folder, and build_cache makes it anew.') from None
         self.stain_unchanged = index['stain_unchanged']     # Ids of images without enough tissue for stain normalisation
 
     def rows(self,
@@ -226,7 +231,8 @@ def _open_arrays(folder, n, size):
     "Make the arrays of a cache unless a broken-off build left them; gives which rows are done"
     if not (folder/'done.npy').exists():
         need,free = n*size*size*3,shutil.disk_usage(folder).free
-        if need > free: raise PreprocessError(f'The pixels of {n} images need {need/2**20:,.0f} MB, and {free/2**20:,.0f} MB are free in {folder.parent}; make room, or choose a smaller size.')
+        if need > free:
+            raise PreprocessError(f'The pixels of {n} images need {need/2**20:,.0f} MB, and {free/2**20:,.0f} MB are free in {folder.parent}; make room, or choose a smaller size.')
         np.lib.format.open_memmap(folder/'images.npy', 'w+', np.uint8, (n, size, size, 3)).flush()
         np.save(folder/'new.npy', np.zeros(n, np.uint8)); (folder/'new.npy').replace(folder/'done.npy')
     return np.load(folder/'done.npy')
@@ -266,7 +272,8 @@ def _build(folder, cohort, preprocessing, workers):
     left = [(r, p) for r,p in enumerate(cohort.path) if not done[r]]
     errors = [e for e in parallel_map(partial(_fill, str(folder), preprocessing), left, 'preprocessing', workers, _killed) if e]
     _open.clear()
-    if errors: raise ImageError(errors[0].path, errors[0].reason, f'{len(errors)} of {len(cohort)} images cannot be used, this one first ({str(errors[0])[len(errors[0].path)+2:]}) Set them aside with quarantine; the others are done already.')
+    if errors:
+        raise ImageError(errors[0].path, errors[0].reason, f'{len(errors)} of {len(cohort)} images cannot be used, this one first ({str(errors[0])[len(errors[0].path)+2:]}) Set them aside with quarantine; the others are done already.')
     state = np.load(folder/'done.npy')
     write_json(folder/'index.json', dict(preprocessing=asdict(preprocessing), image_ids=cohort.image_id.tolist(), stain_unchanged=cohort.image_id[state == 2].tolist()))
 

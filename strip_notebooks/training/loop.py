@@ -66,10 +66,12 @@ class TrainConfig:
     def __post_init__(self):
         for key,names in dict(optimizer=optimizer_names, schedule=schedule_names, loss=loss_names, monitor=['weighted_log_loss', 'auc'], policy=policy_names,
                               precision=['auto', '32-true', 'bf16-mixed'], device=['auto', 'cpu', 'cuda', 'mps'], balance=[None, 'class', 'patient']).items():
-            if getattr(self, key) not in names: raise TrainingError(f'There is no {key} {getattr(self, key)!r}{nearest(getattr(self, key), names)}')
+            if getattr(self, key) not in names:
+                raise TrainingError(f'There is no {key} {getattr(self, key)!r}{nearest(getattr(self, key), names)}')
         for key,least in dict(epochs=1, batch_size=1, accumulate=1, clip=0, mixup=0, cutmix=0, patience=0, unfreeze_every=0, workers=0, seed=0, weight_decay=0).items():
             if not getattr(self, key) >= least: raise TrainingError(f'{key}={getattr(self, key)} must be {least} or more.')
-        if not self.lr > 0 or not 0 <= self.ema < 1 or not 0 <= self.warmup < 1: raise TrainingError(f'lr={self.lr} must be above 0, ema={self.ema} and warmup={self.warmup} in 0 to below 1.')
+        if not self.lr > 0 or not 0 <= self.ema < 1 or not 0 <= self.warmup < 1:
+            raise TrainingError(f'lr={self.lr} must be above 0, ema={self.ema} and warmup={self.warmup} in 0 to below 1.')
 
 def make_config(
     **settings,     # Any fields of `TrainConfig`
@@ -86,7 +88,8 @@ def pick_device(
 )->str:                 # 'cpu', 'cuda' or 'mps'
     "The device to train on: an accelerator if there is one"
     found = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if name not in ('auto', 'cpu', found): raise TrainingError(f"There is no device {name!r} on this machine; device='auto' takes {found!r}.")
+    if name not in ('auto', 'cpu', found):
+        raise TrainingError(f"There is no device {name!r} on this machine; device='auto' takes {found!r}.")
     return found if name == 'auto' else name
 
 def pick_precision(
@@ -153,7 +156,8 @@ def check_finite(
     epoch:int,              # Number of the epoch, from 0
 )->None:
     "Raise a `TrainingError` if the loss is no longer a number"
-    if not torch.isfinite(total): raise TrainingError(f'The loss stopped being a number in epoch {epoch+1}. The last good checkpoint is kept; start anew with a lower learning rate (lr), a clip above 0, or precision 32-true.')
+    if not torch.isfinite(total):
+        raise TrainingError(f'The loss stopped being a number in epoch {epoch+1}. The last good checkpoint is kept; start anew with a lower learning rate (lr), a clip above 0, or precision 32-true.')
 
 # %% ../../nbs/42_training.loop.ipynb #288ab341
 def patient_scores(
@@ -187,7 +191,8 @@ def validate(
         with fabric.autocast(): logits.append(model(normalise(fabric.to_device(batch['image']))).float())
         rows.append(batch['row'])
     p = class_probabilities(torch.cat(logits))
-    if not np.isfinite(p).all(): raise TrainingError('The model answers with values that are not numbers. The last good checkpoint is kept; start anew with a lower learning rate (lr).')
+    if not np.isfinite(p).all():
+        raise TrainingError('The model answers with values that are not numbers. The last good checkpoint is kept; start anew with a lower learning rate (lr).')
     return patient_scores(make_predictions(cohort.iloc[torch.cat(rows).numpy()], p, list(classes)), classes, prior)
 
 # %% ../../nbs/42_training.loop.ipynb #2bc7e0e0
@@ -216,7 +221,8 @@ def read_state(
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()},json.loads(f.metadata()['state'])
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e: raise TrainingError(f'The checkpoint {path} is damaged ({type(e).__name__}); remove it to start anew.') from e
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
+        raise TrainingError(f'The checkpoint {path} is damaged ({type(e).__name__}); remove it to start anew.') from e
 
 def load_state(
     tensors:dict, about:dict,   # From `read_state`
@@ -249,7 +255,8 @@ def _check_cohort(cohort):
     if len(classes) < 2: raise TrainingError(f'All patients are {classes[0]!r}; a classifier needs two classes.')
     for split in ('train', 'val'):
         missing = set(classes) - set(cohort.label[cohort.split == split])
-        if missing: raise TrainingError(f"The split {split} has no patients of class {', '.join(sorted(missing))}; make the splits anew, or with more patients.")
+        if missing:
+            raise TrainingError(f"The split {split} has no patients of class {', '.join(sorted(missing))}; make the splits anew, or with more patients.")
     return classes
 
 def drawn_counts(
@@ -280,17 +287,20 @@ class Trainer:
         self.precision = pick_precision(self.device, config.precision)
         self.fabric = Fabric(accelerator=self.device, devices=1, precision=self.precision)
         seed_everything(derive_seed(config.seed, 'start'))
-        model = create_model(config.arch, len(self.classes), 3, config.dropout, config.pretrained, config.trainable).to(memory_format=torch.channels_last)
-        self.net = model
-        self.model,self.optimizer = self.fabric.setup(model, make_optimizer(model, config.optimizer, config.lr, config.weight_decay))
-        self.ema = ModelEmaV3(model, config.ema, use_warmup=True) if config.ema else None
+        net = create_model(config.arch, len(self.classes), 3, config.dropout, config.pretrained, config.trainable)
+        self.net = net.to(memory_format=torch.channels_last)
+        self.model,self.optimizer = self.fabric.setup(self.net, make_optimizer(self.net, config.optimizer, config.lr, config.weight_decay))
+        self.ema = ModelEmaV3(self.net, config.ema, use_warmup=True) if config.ema else None
         self.rows = {s: cohort[cohort.split == s] for s in ('train', 'val')}
-        self.loaders = {'train': make_loader(CohortImages(self.rows['train'], cache, self.classes, policy(config.policy, preprocessing.size), config.seed), config.batch_size, True, config.balance, config.workers, config.seed),
-                        'val':   make_loader(CohortImages(self.rows['val'],   cache, self.classes), config.batch_size, False)}
+        train = CohortImages(self.rows['train'], cache, self.classes, policy(config.policy, preprocessing.size), config.seed)
+        val = CohortImages(self.rows['val'], cache, self.classes)
+        self.loaders = dict(train=make_loader(train, config.batch_size, True, config.balance, config.workers, config.seed),
+                            val=make_loader(val, config.batch_size, False))
         counts = drawn_counts(self.rows['train'], self.classes, config.balance)
         self.prior = taught_prior(config.loss, counts)
         self.loss = make_loss(config.loss, counts, config.label_smoothing, self.fabric.device)
-        self.schedule = make_schedule(self.optimizer.optimizer, config.schedule, config.epochs*math.ceil(len(self.loaders['train'])/config.accumulate), config.warmup)
+        steps = config.epochs*math.ceil(len(self.loaders['train'])/config.accumulate)
+        self.schedule = make_schedule(self.optimizer.optimizer, config.schedule, steps, config.warmup)
         self.history,self.done = [],False
 
     @property
@@ -302,13 +312,14 @@ class Trainer:
         "A hash of all that decides the weights at the end"
         settings = {k: v for k,v in asdict(self.config).items() if k != 'workers'} | dict(device=self.device, precision=self.precision)
         if isinstance(self.config.pretrained, str): settings['pretrained'] = file_hash(self.config.pretrained)
-        return content_hash(settings, asdict(self.preprocessing), *[self.cohort[c].astype(str).tolist() for c in ('image_id', 'patient_id', 'label', 'split')])
+        columns = [self.cohort[c].astype(str).tolist() for c in ('image_id', 'patient_id', 'label', 'split')]
+        return content_hash(settings, asdict(self.preprocessing), *columns)
 
 # %% ../../nbs/42_training.loop.ipynb #841b13e3
-def _better(monitor, row, rows):
-    "Whether an epoch's score is better than that of all `rows` before it"
+def _best(monitor, history):
+    "The row of the best epoch, counted from 0; of equal ones the first"
     sign = 1 if monitor == 'auc' else -1
-    return all(sign*row[monitor] > sign*r[monitor] for r in rows)
+    return max(range(len(history)), key=lambda i: sign*history[i][monitor])
 
 def resume(
     trainer:Trainer,    # Fresh
@@ -318,7 +329,9 @@ def resume(
     path = trainer.folder/'last.safetensors'
     if not path.exists(): return
     tensors,about = read_state(path)
-    if about.get('fingerprint') != trainer.fingerprint(): raise TrainingError(f'{trainer.folder} holds a training with other settings, another cohort or another preprocessing; choose another folder, or give the same again to go on.')
+    if about.get('fingerprint') != trainer.fingerprint():
+        raise TrainingError(f'{trainer.folder} holds a training with other settings, another cohort or another preprocessing; '
+                            'choose another folder, or give the same again to go on.')
     load_state(tensors, about, trainer.net, trainer.optimizer.optimizer, trainer.schedule, trainer.ema)
     trainer.history,trainer.done = about['history'],about['done']
 
@@ -327,18 +340,22 @@ def run_epoch(
 )->dict:                # The epoch's row of the history
     "Train and validate one epoch, and write the checkpoints"
     config,epoch,start = trainer.config,len(trainer.history),time.perf_counter()
-    if config.unfreeze_every and config.trainable != 'all': unfreeze(trainer.net, (0 if config.trainable == 'head' else config.trainable) + epoch//config.unfreeze_every)
+    if config.unfreeze_every and config.trainable != 'all':
+        unfreeze(trainer.net, (0 if config.trainable == 'head' else config.trainable) + epoch//config.unfreeze_every)
     trainer.loaders['train'].set_epoch(epoch)
     lr = trainer.optimizer.param_groups[0]['lr']
-    loss = train_epoch(trainer.fabric, trainer.model, trainer.optimizer, trainer.schedule, trainer.loaders['train'], trainer.loss, trainer.preprocessing.normalise, config, epoch, trainer.ema)
-    scores = validate(trainer.fabric, trainer.best_net, trainer.loaders['val'], trainer.preprocessing.normalise, trainer.rows['val'], trainer.classes, trainer.prior)
+    normalise = trainer.preprocessing.normalise
+    loss = train_epoch(trainer.fabric, trainer.model, trainer.optimizer, trainer.schedule, trainer.loaders['train'], trainer.loss,
+                       normalise, config, epoch, trainer.ema)
+    scores = validate(trainer.fabric, trainer.best_net, trainer.loaders['val'], normalise, trainer.rows['val'], trainer.classes, trainer.prior)
     if config.schedule == 'plateau': trainer.schedule.step(-scores['auc'] if config.monitor == 'auc' else scores['weighted_log_loss'])
     row = dict(epoch=epoch+1, train_loss=loss, **scores, lr=lr, seconds=time.perf_counter()-start)
-    if _better(config.monitor, row, trainer.history): save_best(trainer.folder/'best.safetensors', trainer.best_net)
     trainer.history.append(row)
-    best = max(range(len(trainer.history)), key=lambda i: _better(config.monitor, trainer.history[i], trainer.history[:i])*(i+1))
+    best = _best(config.monitor, trainer.history)
+    if best == epoch: save_best(trainer.folder/'best.safetensors', trainer.best_net)
     trainer.done = epoch+1 == config.epochs or bool(config.patience) and epoch-best >= config.patience
-    save_state(trainer.folder/'last.safetensors', trainer.net, trainer.optimizer.optimizer, trainer.schedule, trainer.ema, dict(fingerprint=trainer.fingerprint(), history=trainer.history, done=trainer.done))
+    save_state(trainer.folder/'last.safetensors', trainer.net, trainer.optimizer.optimizer, trainer.schedule, trainer.ema,
+               dict(fingerprint=trainer.fingerprint(), history=trainer.history, done=trainer.done))
     return row
 
 def save_best(
@@ -357,11 +374,16 @@ def history_figure(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
     fig = Figure(figsize=(5, 2.6), dpi=72, layout='constrained')
-    for ax,columns,chance,label in zip(fig.subplots(1, 2), [('train_loss', 'weighted_log_loss'), ('auc',)], (None, .5), ('loss', 'AUC of validation patients')):
-        for c,color in zip(columns, ['#999999', '#0072B2'] if len(columns) == 2 else ['#0072B2']): ax.plot(history['epoch'], history[c], '.-', color=color, label={'train_loss': 'training loss', 'weighted_log_loss': 'validation, by patient'}.get(c))
-        if chance: ax.axhline(chance, color='k', ls=':', lw=1); ax.text(.02, chance+.01, 'chance', transform=ax.get_yaxis_transform(), fontsize=8)
-        else: ax.legend(frameon=False, fontsize=8)
-        ax.set(xlabel='epoch', ylabel=label); ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.spines[['top', 'right']].set_visible(False)
+    left,right = fig.subplots(1, 2)
+    left.plot(history['epoch'], history.train_loss, '.-', color='#999999', label='training loss')
+    left.plot(history['epoch'], history.weighted_log_loss, '.-', color='#0072B2', label='validation, by patient')
+    left.legend(frameon=False, fontsize=8)
+    right.plot(history['epoch'], history.auc, '.-', color='#0072B2')
+    right.axhline(.5, color='k', ls=':', lw=1); right.text(.02, .51, 'chance', transform=right.get_yaxis_transform(), fontsize=8)
+    for ax,label in ((left, 'loss'), (right, 'AUC of validation patients')):
+        ax.set(xlabel='epoch', ylabel=label)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.spines[['top', 'right']].set_visible(False)
     return fig
 
 class LiveCurve:
@@ -393,7 +415,8 @@ def train(
     with deterministic():
         trainer = Trainer(cohort, cache, preprocessing, config, folder)
         resume(trainer)
-        if trainer.done and (folder/'predictions.csv').exists(): return TrainResult(pd.DataFrame(trainer.history), load_predictions(folder/'predictions.csv'), folder/'bundle')
+        if trainer.done and (folder/'predictions.csv').exists():
+            return TrainResult(pd.DataFrame(trainer.history), load_predictions(folder/'predictions.csv'), folder/'bundle')
         board,live = _events(folder/'tensorboard', len(trainer.history)),LiveCurve(config.epochs)
         while not trainer.done:
             row = run_epoch(trainer)
@@ -415,13 +438,16 @@ def finish(
     from strip_notebooks.models import load_weights
     config,classes,folder,part = trainer.config,trainer.classes,trainer.folder,trainer.rows['train']
     history = pd.DataFrame(trainer.history)
-    best = history.loc[history.auc.idxmax() if config.monitor == 'auc' else history.weighted_log_loss.idxmin()]
+    best = history.iloc[_best(config.monitor, trainer.history)]
     model = load_weights(create_model(config.arch, len(classes), 3, config.dropout), folder/'best.safetensors')
     patients = part.drop_duplicates('patient_id').label.value_counts()
-    about = dict(images=len(part), patients={c: int(patients[c]) for c in classes}, centers=int(part.center_id.nunique()), epoch=int(best.epoch), precision=trainer.precision,
-                 device=trainer.device, weighted_log_loss=float(best.weighted_log_loss), auc=float(best.auc), training=trainer.fingerprint(), config=asdict(config))
-    save_bundle(folder/'bundle', model, dict(arch=config.arch, n_classes=len(classes), in_channels=3, dropout=config.dropout, classes=classes, positive=classes[-1], preprocessing=trainer.preprocessing,
-                prior=float(trainer.prior[-1]) if len(classes) == 2 else trainer.prior.tolist(), threshold=None, calibration=None, trained_on=about))
+    about = dict(images=len(part), patients={c: int(patients[c]) for c in classes}, centers=int(part.center_id.nunique()),
+                 epoch=int(best.epoch), precision=trainer.precision, device=trainer.device, weighted_log_loss=float(best.weighted_log_loss),
+                 auc=float(best.auc), training=trainer.fingerprint(), config=asdict(config))
+    prior = float(trainer.prior[-1]) if len(classes) == 2 else trainer.prior.tolist()
+    save_bundle(folder/'bundle', model, dict(arch=config.arch, n_classes=len(classes), in_channels=3, dropout=config.dropout,
+                classes=classes, positive=classes[-1], preprocessing=trainer.preprocessing, prior=prior, threshold=None,
+                calibration=None, trained_on=about))
     predictions = predict_cohort(load_bundle(folder/'bundle', trainer.device), trainer.cohort, trainer.cache, config.batch_size)
     write_csv(folder/'history.csv', history)
     save_predictions(folder/'predictions.csv', predictions)

@@ -25,7 +25,8 @@ def class_weights(
 )->np.ndarray:      # (C,), weights that make the classes count alike; their mean over the images is 1
     "Weights that give every class the same total"
     counts = np.asarray(counts, float)
-    if (counts < 1).any(): raise TrainingError(f'A class has no training images (counts {counts.astype(int).tolist()}), so it cannot be learned; change the split or leave the class out.')
+    if (counts < 1).any():
+        raise TrainingError(f'A class has no training images (counts {counts.astype(int).tolist()}), so it cannot be learned; change the split or leave the class out.')
     return counts.sum()/(len(counts)*counts)
 
 # %% ../../nbs/40_training.losses.ipynb #3e0e8016
