@@ -121,3 +121,17 @@ def test_a_constant_model_is_never_better():
     constant,weak = scores(np.full(n, .28)),scores(np.r_[np.full(28, .32), np.full(72, .27)])     # the weak one never says LAA either
     assert weak['weighted_log_loss'] < constant['weighted_log_loss'] and weak['auc'] > constant['auc']
     assert scores(np.full(n, .01))['weighted_log_loss'] > constant['weighted_log_loss']           # always CE, and sure of it
+
+def test_the_live_curve_is_one_picture_in_jupyter(monkeypatch):
+    "Redrawn in place, and not shown again when the cell ends"
+    from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell, new_notebook
+    monkeypatch.delenv('STRIP_PROGRESS', raising=False)
+    rows = [dict(epoch=e, train_loss=.7/e, weighted_log_loss=.7, auc=.6, lr=.1, seconds=1.) for e in (1, 2, 3)]
+    code = f"""import pandas as pd
+from strip_notebooks.training.loop import LiveCurve
+live = LiveCurve(3)
+for n in (1, 2, 3): live(pd.DataFrame({rows}[:n]))"""
+    notebook = new_notebook(cells=[new_code_cell(code)])
+    NotebookClient(notebook, kernel_name='python3').execute()
+    assert [list(o.data) for o in notebook.cells[0].outputs] == [['text/plain', 'image/png']]

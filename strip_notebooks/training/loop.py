@@ -371,15 +371,15 @@ def history_figure(
     history:pd.DataFrame,   # From `train`
 ):                          # Matplotlib figure
     "Training loss and validation scores, epoch by epoch"
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
-    fig = Figure(figsize=(5, 2.6), dpi=72, layout='constrained')
-    left,right = fig.subplots(1, 2)
+    fig,(left,right) = plt.subplots(1, 2, figsize=(5, 2.6), layout='constrained')
     left.plot(history['epoch'], history.train_loss, '.-', color='#999999', label='training loss')
     left.plot(history['epoch'], history.weighted_log_loss, '.-', color='#0072B2', label='validation, by patient')
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc='lower left', bbox_to_anchor=(-.1, 1), borderaxespad=0)
     right.plot(history['epoch'], history.auc, '.-', color='#0072B2')
-    right.axhline(.5, color='k', ls=':', lw=1); right.text(.02, .51, 'chance', transform=right.get_yaxis_transform(), fontsize=8)
+    right.axhline(.5, color='k', ls=':', lw=1)
+    right.text(.98, .51, 'chance', ha='right', transform=right.get_yaxis_transform(), fontsize=8)
     for ax,label in ((left, 'loss'), (right, 'AUC of validation patients')):
         ax.set(xlabel='epoch', ylabel=label)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -394,11 +394,15 @@ class LiveCurve:
     def __call__(self, history:pd.DataFrame):
         row,style = history.iloc[-1],progress_style()
         if style == 'widget':
+            import matplotlib.pyplot as plt
             from IPython.display import display
             figure = history_figure(history)
             if self.handle is None: self.handle = display(figure, display_id=True)
             else: self.handle.update(figure)
-        elif style != 'none': print(f'epoch {row.epoch:.0f} of {self.epochs}: training loss {row.train_loss:.3f}, validation log loss {row.weighted_log_loss:.3f}, AUC {row.auc:.3f}, {row.seconds:.1f} s', flush=True)
+            plt.close(figure)                   # else it would be shown again when the cell ends
+        elif style != 'none':
+            print(f'epoch {row.epoch:.0f} of {self.epochs}: training loss {row.train_loss:.3f}, validation log loss '
+                  f'{row.weighted_log_loss:.3f}, AUC {row.auc:.3f}, {row.seconds:.1f} s', flush=True)
 
 # %% ../../nbs/42_training.loop.ipynb #781b4339
 def train(
