@@ -52,8 +52,10 @@ def precision_sentence(
 )->str:
     "Why the trainer picked this precision on the CPU, and what that means for the step's ratio"
     if step['precision'] == 'bf16-mixed': return 'This processor computes in bfloat16, so the trainer picked bf16-mixed for it.'
-    return ('This processor has no instructions for bfloat16 (AVX512-BF16 or AMX) and would have to emulate it, so the trainer picked 32-true. '
-            f"That leaves the memory layout and the fused optimiser, with which a step was {step['ratio']:.2f} times as fast as with torch's defaults. The target of 2x counts on bfloat16: "
+    return ('This processor has no instructions for bfloat16 (AVX512-BF16 or '
+            'AMX) and would have to emulate it, so the trainer picked 32-true. '
+            "That leaves the memory layout and the fused optimiser, "
+            f"with which a step was {step['ratio']:.2f} times as fast as with torch's defaults. The target of 2x counts on bfloat16: "
             "it takes a processor with these instructions, such as AMD's since Zen 4 or Intel's Xeons since Sapphire Rapids.")
 
 # %% ../nbs/91_benchmarks.ipynb #b93082c4

@@ -39,7 +39,8 @@ def check_spec(
     "Check that a spec is whole and makes sense; raises `BundleError`"
     missing,unknown = [k for k in spec_types if k not in spec],[k for k in spec if k not in spec_types]
     if missing or unknown:
-        raise BundleError(f"The bundle's spec lacks {missing or 'nothing'} and holds unknown {unknown or 'nothing'}; write it with `save_bundle`.")
+        raise BundleError(f"The bundle's spec lacks {missing or 'nothing'} and holds unknown {unknown or 'nothing'}; "
+                          "write it with `save_bundle`.")
     for k,t in spec_types.items():
         if not isinstance(spec[k], t) or isinstance(spec[k], bool):
             raise BundleError(f"The bundle's {k} is a {type(spec[k]).__name__}, which it cannot be; write it with `save_bundle`.")
@@ -53,7 +54,8 @@ def check_spec(
     if spec['calibration'] and not (set(spec['calibration']) == {'temperature'} and 0 < spec['calibration']['temperature'] < 1000):
         raise BundleError(f"The bundle's calibration {spec['calibration']} is not a temperature between 0 and 1000.")
     if not is_arch(spec['arch']) or not 1 <= spec['in_channels'] <= 64 or not 0 <= spec['dropout'] < 1:
-        raise BundleError(f"The bundle's model ({spec['arch']!r}, {spec['in_channels']} channels, dropout {spec['dropout']}) cannot be built here.")
+        raise BundleError(f"The bundle's model ({spec['arch']!r}, {spec['in_channels']} channels, "
+                          f"dropout {spec['dropout']}) cannot be built here.")
     return spec
 
 # %% ../nbs/31_bundle.ipynb #67ace0f8
@@ -94,14 +96,16 @@ def _read_json(path):
     "The checked content of bundle.json"
     if not path.is_file() or path.is_symlink(): raise BundleError(f'{path.parent} is not a bundle: it holds no file bundle.json.')
     if path.stat().st_size > json_bytes:
-        raise BundleError(f'{path} has {path.stat().st_size:,} bytes; a bundle.json has at most {json_bytes:,}, so it is damaged or foreign.')
+        raise BundleError(f'{path} has {path.stat().st_size:,} bytes; '
+                          f'a bundle.json has at most {json_bytes:,}, so it is damaged or foreign.')
     try: body = json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e:
         raise BundleError(f'{path} is not readable JSON ({type(e).__name__}): it is damaged or foreign.') from None
     if not isinstance(body, dict) or body.get('format') != 'strip-bundle':
         raise BundleError(f'{path} is not the JSON of a bundle: its format is not strip-bundle.')
     if body.get('version') != bundle_version:
-        raise BundleError(f"{path} is of version {body.get('version')!r}, and this library reads version {bundle_version}; use the library that wrote it.")
+        raise BundleError(f"{path} is of version {body.get('version')!r}, and this library reads version {bundle_version}; "
+                          "use the library that wrote it.")
     missing = [k for k in ('spec', 'weights', 'sha256') if k not in body]
     if missing or not isinstance(body['spec'], dict) or not isinstance(body['weights'], dict):
         raise BundleError(f"{path} lacks {', '.join(missing) or 'a spec or weights'}: it is damaged.")
@@ -114,7 +118,8 @@ def _read_weights(folder, about):
     from safetensors import SafetensorError
     from safetensors.torch import load
     if about.get('file') != 'weights.safetensors':
-        raise BundleError(f"{folder} names its weights {about.get('file')!r}; they can only be 'weights.safetensors' in the bundle's own folder.")
+        raise BundleError(f"{folder} names its weights {about.get('file')!r}; "
+                          "they can only be 'weights.safetensors' in the bundle's own folder.")
     path = folder/'weights.safetensors'
     if not path.is_file() or path.is_symlink(): raise BundleError(f'{path} is missing, or only a link.')
     if path.stat().st_size != about.get('bytes'):
@@ -155,7 +160,8 @@ def load_bundle(
     own = model.state_dict()
     wrong = sorted(set(own)^set(weights)) + [n for n in own if n in weights and own[n].shape != weights[n].shape]
     if wrong:
-        raise BundleError(f"{folder}: the weights do not belong to {spec['arch']}; {len(wrong)} tensors are missing, unknown or of another shape, such as {', '.join(wrong[:3])}.")
+        raise BundleError(f"{folder}: the weights do not belong to {spec['arch']}; "
+                          f"{len(wrong)} tensors are missing, unknown or of another shape, such as {', '.join(wrong[:3])}.")
     if not all(torch.isfinite(w).all() for w in weights.values()):
         raise BundleError(f'{folder}: the weights hold values that are not finite; the training that wrote them had failed.')
     model.load_state_dict(weights)
@@ -189,7 +195,8 @@ def _predict(self:Bundle,
     "Probabilities for images as they were read, through the bundle's own preprocessing"
     for i,image in enumerate(images):
         if np.ndim(image) != 3 or np.shape(image)[2] != 3 or image.dtype != np.uint8:
-            raise BundleError(f'Image {i} is {image.dtype} of shape {np.shape(image)}; it must be uint8 of shape (H, W, 3), see `to_uint8`.')
+            raise BundleError(f'Image {i} is {image.dtype} of shape {np.shape(image)}; '
+                              'it must be uint8 of shape (H, W, 3), see `to_uint8`.')
     return self.predict_pixels([self.preprocessing.pixels(image) for image in images], batch_size)
 
 Bundle.predict_pixels,Bundle.predict = _predict_pixels,_predict
@@ -205,7 +212,8 @@ def predict_cohort(
     "What a bundle says of every image of a cohort"
     if device and device != bundle.device: bundle.model.to(device); bundle.device = device
     if cache is not None and any(getattr(cache.preprocessing, k) != getattr(bundle.preprocessing, k) for k in ('size', 'fit', 'stain', 'clahe')):
-        raise BundleError('The cache was made with another preprocessing than the bundle was trained with; build it with `bundle.preprocessing`.')
+        raise BundleError('The cache was made with another preprocessing than the bundle was trained with; '
+                          'build it with `bundle.preprocessing`.')
     rows = None if cache is None else cache.rows(cohort['image_id'])
     out = []
     for i in progress(range(0, len(cohort), batch_size), 'predict'):

@@ -115,7 +115,8 @@ def _check_demo(args):
 # %% ../nbs/99_cli.ipynb #c59342c5
 def parser()->argparse.ArgumentParser:
     "The commands and options of `clot`"
-    main = argparse.ArgumentParser('clot', description='Tells whether a clot came from the heart (CE) or a large artery (LAA), by patient and with intervals.')
+    main = argparse.ArgumentParser('clot', description='Tells whether a clot came from the heart (CE) or a '
+                                                       'large artery (LAA), by patient and with intervals.')
     main.set_defaults(call=None)
     commands = main.add_subparsers(metavar='COMMAND')
     def command(name, call, help, **kwargs):

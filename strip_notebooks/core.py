@@ -212,7 +212,8 @@ def _pool(workers):
         with _deaf(): started = [pool.submit(os.getpid) for _ in range(workers)]
         try: started[0].result()
         except BrokenProcessPool:
-            raise WorkerError("No process could be started to share the work. In a script, put what starts it below `if __name__ == '__main__':`, or ask for workers=1.") from None
+            raise WorkerError("No process could be started to share the work. "
+                              "In a script, put what starts it below `if __name__ == '__main__':`, or ask for workers=1.") from None
         yield pool
     finally:
         held.close(); line.close()
@@ -232,7 +233,8 @@ def _by_workers(function, items, workers, killed):
         items = items[done:]
         if items and alone:
             if not killed:
-                raise WorkerError(f'The process that worked on {items[0]} was killed twice, the second time with no other beside it: it needs more memory than there is, or is hostile. Leave it out.')
+                raise WorkerError(f'The process that worked on {items[0]} was killed twice, the second time with no other beside it: '
+                                  'it needs more memory than there is, or is hostile. Leave it out.')
             yield killed(items[0]); items = items[1:]
         alone = not alone
 

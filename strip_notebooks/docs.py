@@ -220,7 +220,8 @@ def write_readme(
     text, found = exporter.from_notebook_node(notebook, dict(unique_key='index', output_files_dir=f'{notebooks}/images'))
     pictures = found.get('outputs', {})
     if len(described) != len(pictures):
-        raise StripError(f'index.ipynb has {len(pictures)} pictures and {len(described)} descriptions; give each cell with a picture its `#| fig-alt: "..."`.')
+        raise StripError(f'index.ipynb has {len(pictures)} pictures and {len(described)} descriptions; '
+                         'give each cell with a picture its `#| fig-alt: "..."`.')
     for (path, png), alt in zip(pictures.items(), described):
         with atomic_path(folder/path) as p: p.write_bytes(png)
         text = text.replace(f'![png]({path})', f'![{alt}]({path})')

@@ -46,7 +46,8 @@ def experiment_parameters(
         name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
         try: default = ast.literal_eval(node.value)
         except (ValueError, TypeError):
-            raise ExperimentError(f'{Path(path).name}: the parameter {name!r} must be given a plain value, such as 3 or \'a\', where it is declared.') from None
+            raise ExperimentError(f'{Path(path).name}: the parameter {name!r} must be given a plain value, '
+                                  'such as 3 or \'a\', where it is declared.') from None
         kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else type(default).__name__
         if kind not in ('str', 'int', 'float', 'bool', 'list'):
             raise ExperimentError(f'{Path(path).name}: the parameter {name!r} is a {kind}; make it a str, int, float, bool or list.')

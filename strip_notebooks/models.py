@@ -61,7 +61,8 @@ def parameter_stages(
     ids = {id(p) for p in classifier.parameters()} if isinstance(classifier, nn.Module) else set()
     head = [n for n,p in model.named_parameters() if id(p) in ids]
     if not head:
-        raise ModelError(f'{type(model).__name__} has no classifier with weights, so it cannot be trained or frozen by stages; choose another architecture.')
+        raise ModelError(f'{type(model).__name__} has no classifier with weights, so it cannot be trained or frozen by stages; '
+                         'choose another architecture.')
     groups = group_parameters(model, model.group_matcher(coarse=True))
     stages = [[n for n in groups[k] if n not in head] for k in sorted(groups)]
     return [s for s in stages if s] + [head]
@@ -103,7 +104,8 @@ def read_weights(
     if not path.is_file(): raise ModelError(f'{path} does not exist; give the path of a safetensors file.')
     try: return load_file(path)
     except (SafetensorError, OSError, ValueError) as e:
-        raise ModelError(f'{path} is not a readable safetensors file ({e}); pickled .pth and .bin files are not loaded, convert them first.') from None
+        raise ModelError(f'{path} is not a readable safetensors file ({e}); '
+                         'pickled .pth and .bin files are not loaded, convert them first.') from None
 
 def load_weights(
     model:nn.Module,    # From `create_model`
@@ -119,7 +121,9 @@ def load_weights(
     weights = {n:w for n,w in weights.items() if not (n in head and n in own and w.shape != own[n].shape)}
     wrong = [n for n,w in weights.items() if n not in own or w.shape != own[n].shape] + [n for n in own if n not in weights and n not in head]
     if wrong:
-        raise ModelError(f"{path} does not fit {type(model).__name__}: {len(wrong)} tensors are missing, unknown or of another shape, such as {', '.join(sorted(wrong)[:3])}; give weights of the same architecture.")
+        raise ModelError(f"{path} does not fit {type(model).__name__}: "
+                         f"{len(wrong)} tensors are missing, unknown or of another shape, such as {', '.join(sorted(wrong)[:3])}; "
+                         "give weights of the same architecture.")
     model.load_state_dict(weights, strict=False)
     return model
 
@@ -145,7 +149,8 @@ def hub_weights(
         if not any(k in os.environ for k in ('https_proxy', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY')): socket.create_connection((host.split(':')[0], 443), seconds).close()
         return hf_hub_download(source, file, etag_timeout=seconds)
     except Exception as e:
-        raise ModelError(f'The pretrained weights of {name} ({source}) could not be fetched: {type(e).__name__}. Without a network, download {file} of {source} elsewhere and {local}.') from e
+        raise ModelError(f'The pretrained weights of {name} ({source}) could not be fetched: {type(e).__name__}. '
+                         f'Without a network, download {file} of {source} elsewhere and {local}.') from e
 
 # %% ../nbs/30_models.ipynb #786b5afa
 def is_arch(
@@ -163,7 +168,8 @@ def _build(arch, n_classes, in_channels, dropout):
     if arch == 'simple_cnn': return SimpleCNN(n_classes, in_channels, dropout)
     try: return timm.create_model(arch, num_classes=n_classes, in_chans=in_channels, **(dict(drop_rate=dropout) if dropout else {}))
     except (RuntimeError, TypeError, ValueError, AssertionError) as e:
-        raise ModelError(f'{arch} cannot be built with {n_classes} classes, {in_channels} input channels and dropout {dropout}: {e}.') from e
+        raise ModelError(f'{arch} cannot be built with {n_classes} classes, '
+                         f'{in_channels} input channels and dropout {dropout}: {e}.') from e
 
 def create_model(
     arch:str,               # 'simple_cnn' or any name of timm, such as 'resnet18' or 'efficientnet_b0'
@@ -175,7 +181,8 @@ def create_model(
 )->nn.Module:               # Gives logits (B, n_classes) for images (B, in_channels, H, W)
     "Make a model by name; raises `ModelError` for an unknown name, with the nearest one, and for weights that cannot be had"
     if n_classes < 2 or in_channels < 1 or not 0 <= dropout < 1:
-        raise ModelError(f'n_classes={n_classes}, in_channels={in_channels}, dropout={dropout}: there must be at least 2 classes and 1 channel, and dropout lies in 0 to below 1.')
+        raise ModelError(f'n_classes={n_classes}, in_channels={in_channels}, dropout={dropout}: '
+                         'there must be at least 2 classes and 1 channel, and dropout lies in 0 to below 1.')
     model = _build(arch, n_classes, in_channels, dropout)
     if pretrained is True: load_weights(model, hub_weights(model))
     elif pretrained: load_weights(model, pretrained)

@@ -51,10 +51,12 @@ def check_predictions(
     _check_probabilities(predictions)
     strange = ~predictions.label.isin(classes_of(predictions)).to_numpy()
     if strange.any():
-        raise PredictionsError(f'Row {strange.argmax()} has the label {predictions.label.iloc[strange.argmax()]!r}, which has no probability column.')
+        raise PredictionsError(f'Row {strange.argmax()} has the label {predictions.label.iloc[strange.argmax()]!r}, '
+                               'which has no probability column.')
     key = [c for c in ('image_id', 'fold', 'repeat') if c in predictions]
     if 'image_id' in key and (double := predictions.duplicated(key)).any():
-        raise PredictionsError(f'{double.sum()} images are in the predictions more than once, the first again at row {double.to_numpy().argmax()}.')
+        raise PredictionsError(f'{double.sum()} images are in the predictions more than once, '
+                               f'the first again at row {double.to_numpy().argmax()}.')
     _one_each(predictions)
     return predictions
 

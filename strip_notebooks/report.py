@@ -201,11 +201,13 @@ def limits_section(
     elsewhere,synthetic = prepared.parameters.get('test_centers'),prepared.metrics['limit']
     said = ['These are drawn clots: nothing here says anything about patients.'] if synthetic else []
     said.append('The test patients come from centers that the model was not trained on, and only from those.' if elsewhere else
-                'The test patients come from the same centers as the training patients: how the model does in another hospital is not known.')
+                'The test patients come from the same centers as the training patients: '
+                'how the model does in another hospital is not known.')
     said += ['This is one split of one cohort and one training. The intervals tell of other patients like these, not of another split or '
              'another seed; cross-validation does.',
              'Whoever looks at this page, changes the model and looks again, chooses on the test part, and the numbers turn too good.',
-             'The share of each class is that of this cohort. Where it differs, precision, predictive value, accuracy and the probabilities '
+             'The share of each class is that of this cohort. '
+             'Where it differs, precision, predictive value, accuracy and the probabilities '
              'change with it.',
              'Whether anyone would be treated better for it was not asked.']
     return html('<h2 id="limits">What this does not show</h2><ul>{% for s in said %}<li>{{ s }}</li>{% endfor %}</ul>', said=said)

@@ -29,12 +29,14 @@ def patient_table(
         if column not in cohort: raise SplitError(f'The cohort has no column {column!r}{nearest(column, cohort.columns)}')
         gaps = np.flatnonzero(cohort[column].isna())
         if len(gaps):
-            raise SplitError(f'{len(gaps)} rows of the cohort have no {column}, the first is row {gaps[0]}; fill it in or leave the rows out.')
+            raise SplitError(f'{len(gaps)} rows of the cohort have no {column}, the first is row {gaps[0]}; '
+                             'fill it in or leave the rows out.')
     if not len(cohort): raise SplitError('The cohort has no images, so there are no patients to split.')
     text = cohort[['patient_id', 'label', 'center_id']].astype(str)
     mixed = text.groupby('patient_id').label.transform('nunique').to_numpy() > 1
     if mixed.any():
-        raise SplitError(f'{text.patient_id[mixed].nunique()} patients have images under two labels, the first is at row {mixed.argmax()}; a patient has one label.')
+        raise SplitError(f'{text.patient_id[mixed].nunique()} patients have images under two labels, '
+                         f'the first is at row {mixed.argmax()}; a patient has one label.')
     count = text.groupby(['patient_id', 'label', 'center_id'], as_index=False).size()
     most = count.sort_values(['patient_id', 'size', 'center_id'], ascending=[True, False, True]).drop_duplicates('patient_id')
     return most.assign(n_images=text.groupby('patient_id').size().to_numpy()).drop(columns='size').reset_index(drop=True)
@@ -102,7 +104,8 @@ def split_patients(
 )->pd.DataFrame:                # The cohort with a column `split`: 'train', 'val' or 'test'; `attrs['split']` says how
     "Split by patient, stratified by label, balanced over centers. `SplitError` on bad ratios or too few patients of a class"
     if len(ratios) != 3 or min(ratios) <= 0 or abs(sum(ratios) - 1) > 1e-6:
-        raise SplitError(f'ratios={tuple(ratios)} are not three shares above 0 that sum to 1; give train, val and test, such as (.7, .15, .15).')
+        raise SplitError(f'ratios={tuple(ratios)} are not three shares above 0 that sum to 1; '
+                         'give train, val and test, such as (.7, .15, .15).')
     patients = patient_table(cohort)
     return _with_split(cohort, patients, _deal(patients, ratios, seed, 'split'), dict(method='split_patients', ratios=[float(r) for r in ratios], seed=seed))
 
@@ -131,10 +134,12 @@ def assert_disjoint(
     if 'split' not in cohort: raise SplitError('The cohort has no column split; make one with split_patients or read_splits.')
     bad = np.flatnonzero(~cohort.split.isin(split_names))
     if len(bad):
-        raise SplitError(f'{len(bad)} rows of the cohort are in no split, the first is row {bad[0]} ({cohort.split.iloc[bad[0]]!r}); a split is one of {", ".join(split_names)}.')
+        raise SplitError(f'{len(bad)} rows of the cohort are in no split, the first is row {bad[0]} ({cohort.split.iloc[bad[0]]!r}); '
+                         f'a split is one of {", ".join(split_names)}.')
     shared = cohort.groupby(cohort.patient_id.astype(str)).split.transform('nunique').to_numpy() > 1
     if shared.any():
-        raise SplitError(f'{cohort.patient_id[shared].nunique()} patients are in more than one split, the first is at row {shared.argmax()}; split by patient.')
+        raise SplitError(f'{cohort.patient_id[shared].nunique()} patients are in more than one split, '
+                         f'the first is at row {shared.argmax()}; split by patient.')
     empty = [s for s in split_names if s not in set(cohort.split)]
     if empty: raise SplitError(f'The split {" and ".join(empty)} has no patients; a split needs train, val and test.')
 
@@ -194,7 +199,8 @@ def split_by_center(
     if set(train) & set(test):
         raise SplitError(f'Center {min(set(train) & set(test))!r} is named for train and for test; a center is in one of them.')
     if left := sorted(set(centers) - set(train) - set(test)):
-        raise SplitError(f'Centers {", ".join(map(repr, left))} are named neither for train nor for test; name them, or leave their rows out of the cohort first.')
+        raise SplitError(f'Centers {", ".join(map(repr, left))} are named neither for train nor for test; '
+                         'name them, or leave their rows out of the cohort first.')
     if not 0 < val_ratio < 1: raise SplitError(f'val_ratio={val_ratio} is not between 0 and 1.')
     split, tested = np.full(len(patients), 2), patients.center_id.isin(test).to_numpy()
     _require_classes(patients, tested, f'the test part, centers {", ".join(test)},')
@@ -206,7 +212,8 @@ def _require_classes(patients, part, what, need=1):
     for label in sorted(patients.label.unique()):
         count = int((part & (patients.label == label)).sum())
         if count < need:
-            raise SplitError(f'Class {label!r} has {count} patients in {what} which needs at least {need} of each class; choose other parts.')
+            raise SplitError(f'Class {label!r} has {count} patients in {what} which needs at least {need} of each class; '
+                             'choose other parts.')
 
 def _deal_classes(patients, part, val_ratio, what, *seed):
     "0 for training and 1 for validation for each patient in the boolean `part`, which has enough patients of each class"
@@ -303,11 +310,13 @@ def write_splits(
     assert_disjoint(cohort)
     split_of = _split_of(cohort)
     if any(p != p.strip() or len(p.splitlines()) != 1 for p in split_of):
-        raise SplitError('A patient id is empty, has a line break in it or begins or ends with a space, so it cannot be a line of a file; change the ids.')
+        raise SplitError('A patient id is empty, has a line break in it or begins or ends with a space, '
+                         'so it cannot be a line of a file; change the ids.')
     for s in split_names:
         path, ids = folder/f'{s}.txt', {p for p in split_of if split_of[p] == s}
         if path.exists() and {l.strip() for l in path.read_text(encoding='utf-8-sig').splitlines()} - {''} != ids:
-            raise SplitError(f'{path} already holds another split. A model trained with it must not be tested with a new one: write to another folder, or delete that one.')
+            raise SplitError(f'{path} already holds another split. A model trained with it must not be tested with a new one: '
+                             'write to another folder, or delete that one.')
     for s in split_names: write_text(folder/f'{s}.txt', ''.join(f'{p}\n' for p in sorted(split_of) if split_of[p] == s))
     how = cohort.attrs.get('split') or dict(method='given')
     write_json(folder/'splits.json', dict(how, fingerprint=_fingerprint(split_of), counts=split_table(cohort).to_dict('index')))
@@ -343,14 +352,17 @@ def read_splits(
     for s in split_names:
         unknown = [p for p in split_of if split_of[p] == s and p not in known]
         if unknown:
-            raise SplitError(f'{Path(folder)/s}.txt names {len(unknown)} patients that the cohort does not have; use the cohort that was split, or split this one.')
+            raise SplitError(f'{Path(folder)/s}.txt names {len(unknown)} patients that the cohort does not have; '
+                             'use the cohort that was split, or split this one.')
     ids = cohort.patient_id.astype(str)
     missing = ~ids.isin(split_of).to_numpy()
     if missing.any():
-        raise SplitError(f'{ids[missing].nunique()} patients of the cohort are in no split in {folder}, the first is at row {missing.argmax()}; split this cohort anew into another folder.')
+        raise SplitError(f'{ids[missing].nunique()} patients of the cohort are in no split in {folder}, '
+                         f'the first is at row {missing.argmax()}; split this cohort anew into another folder.')
     record = Path(folder)/'splits.json'
     how = read_json(record) if record.exists() else dict(method='files')
     if record.exists() and how.get('fingerprint') != _fingerprint(split_of):
-        raise SplitError(f'{record} describes another split than the files beside it; they were changed by hand or half written. Restore them, or delete splits.json if the change was meant.')
+        raise SplitError(f'{record} describes another split than the files beside it; they were changed by hand or half written. '
+                         'Restore them, or delete splits.json if the change was meant.')
     number = patients.patient_id.map(split_of).map(split_names.index).to_numpy()
     return _with_split(cohort, patients, number, {k: v for k,v in how.items() if k not in ('fingerprint', 'counts')})

@@ -287,7 +287,8 @@ def test_folders_that_are_no_cohort(tmp_path):
     with pytest.raises(CohortError, match='No images'): cohort_from_folder(tmp_path)
     with pytest.raises(CohortError, match='no folder'): cohort_from_folder(tmp_path/'none')
     draw(tmp_path/'CE'/'p1'/'a.png'); draw(tmp_path/'LAA'/'loose.png')
-    with pytest.raises(CohortError, match='1 images lie in .* without a folder of a patient.*loose.png'): cohort_from_folder(tmp_path)
+    with pytest.raises(CohortError, match='1 of .* images in .* lie without a folder of a patient') as error: cohort_from_folder(tmp_path)
+    assert 'loose' not in str(error.value)
 
 
 def test_a_patient_in_the_folders_of_two_labels(tmp_path):

@@ -38,14 +38,16 @@ def _check_cells(cohort):
         raise CohortError(f'There are two columns {cohort.columns[double][0]!r}; rename one or leave it out.')
     for c in columns_needed:
         if c not in cohort:
-            raise CohortError(f'The cohort has no column {c!r}{nearest(c, [n for n in cohort if n not in columns_needed])} If it is there under another name, map it with columns.')
+            raise CohortError(f'The cohort has no column {c!r}{nearest(c, [n for n in cohort if n not in columns_needed])} '
+                              'If it is there under another name, map it with columns.')
         text = cohort[c].astype('string')
         gap = (text.isna() | (text.str.strip() == '')).to_numpy(bool)
         if c == 'center_id': cohort = cohort.assign(center_id=[('unknown' if g else v) for g,v in zip(gap, cohort[c])])
         elif gap.any():
             raise CohortError(f'{gap.sum()} rows have no {c}, the first is row {gap.argmax()}; fill it in or leave the rows out.')
         if any(floats := [pd.api.types.is_float(v) for v in cohort[c]]):
-            raise CohortError(f'{c} holds floating-point numbers, first in row {floats.index(True)}, in which zeros and digits may be lost already; read ids as text, as with pandas.read_csv(..., dtype=str).')
+            raise CohortError(f'{c} holds floating-point numbers, first in row {floats.index(True)}, '
+                              'in which zeros and digits may be lost already; read ids as text, as with pandas.read_csv(..., dtype=str).')
     return cohort.assign(**{c: (cohort[c].astype(str).str.strip() if c == 'label' else cohort[c].astype(str)).astype(object) for c in columns_needed}).reset_index(drop=True)
 
 # %% ../../nbs/11_data.cohort.ipynb #ae442db7
@@ -57,11 +59,14 @@ def check_cohort(
     if not len(cohort): raise CohortError('The cohort has no images.')
     labels = cohort.groupby('patient_id').label.nunique()
     if (labels > 1).any():
-        raise CohortError(f'{(labels > 1).sum()} patients have images under two labels, the first at row {cohort.patient_id.isin(labels.index[labels > 1]).argmax()}; a patient has one label.')
+        raise CohortError(f'{(labels > 1).sum()} patients have images under two labels, '
+                          f'the first at row {cohort.patient_id.isin(labels.index[labels > 1]).argmax()}; a patient has one label.')
     if (double := cohort.image_id.duplicated()).any():
-        raise CohortError(f'{double.sum()} image ids occur more than once, the first again at row {double.argmax()}; an image_id names one image.')
+        raise CohortError(f'{double.sum()} image ids occur more than once, the first again at row {double.argmax()}; '
+                          'an image_id names one image.')
     centers = cohort.groupby('patient_id').center_id.nunique()
-    if (centers > 1).any(): warnings.warn(f'{(centers > 1).sum()} patients have images from two centers; for splits they count to the one with most of their images.', CohortWarning, stacklevel=2)
+    if (centers > 1).any(): warnings.warn(f'{(centers > 1).sum()} patients have images from two centers; '
+                                          'for splits they count to the one with most of their images.', CohortWarning, stacklevel=2)
     for c in ('patient_id', 'label', 'center_id'):
         values = cohort[c].drop_duplicates()
         alike = values.str.strip() if c == 'patient_id' else values.str.strip().str.casefold()
@@ -106,7 +111,8 @@ def _read_csv(path):
     names = [c.strip() or f'unnamed {i}' for i,c in enumerate(found[0][1])]
     for number,cells in found:
         if len(cells) != len(names):
-            raise CohortError(f'{path} has {len(cells)} cells in line {number} and {len(names)} in the header; put quotes around a cell that holds a separator, and give every line the same number of cells.')
+            raise CohortError(f'{path} has {len(cells)} cells in line {number} and {len(names)} in the header; '
+                              'put quotes around a cell that holds a separator, and give every line the same number of cells.')
     if repeated := [n for i,n in enumerate(names) if n in names[:i]]:
         raise CohortError(f'{path} has two columns {repeated[0]!r}; rename one or leave it out.')
     return pd.DataFrame([cells for _,cells in found[1:]], columns=names, dtype=object)
@@ -118,7 +124,8 @@ def _files(folder, above=()):
     if here in above: return
     try: names = sorted(os.listdir(folder))
     except OSError as e:
-        raise CohortError(f'{folder} cannot be listed ({type(e).__name__}); ask for the right to read it, or move it out of the data.') from None
+        raise CohortError(f'{folder} cannot be listed ({type(e).__name__}); '
+                          'ask for the right to read it, or move it out of the data.') from None
     for path in (Path(folder)/n for n in names if not n.startswith('.')):
         if os.path.isdir(path): yield from _files(path, (*above, here))
         else: yield path
@@ -161,11 +168,13 @@ def cohort_from_csv(
     frame = _rename(_read_csv(csv), columns or {})
     if 'path' not in frame:
         if 'image_id' not in frame:
-            raise CohortError(f'{csv} has no column \'image_id\'{nearest("image_id", frame.columns)} If it is there under another name, map it with columns.')
+            raise CohortError(f'{csv} has no column \'image_id\'{nearest("image_id", frame.columns)} '
+                              'If it is there under another name, map it with columns.')
         folders = [Path(images)] if images else [csv.with_suffix(''), csv.parent/'images', csv.parent]
         paths = _find_images(frame.image_id, folders)
         if paths is None:
-            raise CohortError(f'No image of {csv} was found in {" or ".join(str(f) for f in folders)}; name their folder, or add a column path.')
+            raise CohortError(f'No image of {csv} was found in {" or ".join(str(f) for f in folders)}; '
+                              'name their folder, or add a column path.')
         frame = frame.assign(path=paths)
     return cohort_from_frame(frame, root=csv.parent)
 
@@ -184,7 +193,8 @@ def cohort_from_folder(
     files = sorted(f for f in found if is_image_file(f) or not f.suffix and deep[f])
     shallow = [f for f in files if not deep[f]]
     if shallow:
-        raise CohortError(f'{len(shallow)} images lie in {folder} without a folder of a patient, {shallow[0].relative_to(folder)} among them; the layout is LABEL/patient/image.')
+        raise CohortError(f'{len(shallow)} of {len(files)} images in {folder} lie without a folder of a patient; '
+                          'the layout is LABEL/patient/image.')      # not which: its name may be a patient's
     if not files:
         raise CohortError(f'No images are in {folder}; the layout is LABEL/patient/image, and the endings are {", ".join(image_suffixes)}.')
     parts = [f.relative_to(folder).parts for f in files]
@@ -233,7 +243,8 @@ def _measure(path):
 
 def _killed(path):
     "What is to be known of an image that ended the process that read it"
-    return dict(reason='killed', message=f'{path}: the process that read it was killed, twice: it needs more memory than there is, or is hostile; leave it out.')
+    return dict(reason='killed', message=f'{path}: the process that read it was killed, twice: '
+                                         'it needs more memory than there is, or is hostile; leave it out.')
 
 # %% ../../nbs/11_data.cohort.ipynb #3346b781
 _measured = {}      # A file's name and state -> what `_measure` found
@@ -278,7 +289,8 @@ def load_salt(
         with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), 'w') as f: f.write(secrets.token_hex(16))
     except FileExistsError: pass                                            # made before, or by another process just now
     if len(salt := path.read_text().strip()) != 32:
-        raise CohortError(f'{path} holds no key; bring back the one that was there, or delete the file to get another, which gives every patient another pseudonym.')
+        raise CohortError(f'{path} holds no key; bring back the one that was there, '
+                          'or delete the file to get another, which gives every patient another pseudonym.')
     return salt
 
 # %% ../../nbs/11_data.cohort.ipynb #f171d99e

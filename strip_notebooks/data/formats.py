@@ -78,7 +78,8 @@ def _format(path):
     if packed and kind not in (None, 'nifti'):
         raise ImageError(path, 'unsupported', f'it is a {kind} file packed by gzip; unpack it (gunzip) first.')
     if kind: return kind
-    raise ImageError(path, 'not_an_image', f'its first bytes are of no format that is read here ({", ".join(image_suffixes)}); remove it from the data or convert it.')
+    raise ImageError(path, 'not_an_image', f'its first bytes are of no format that is read here ({", ".join(image_suffixes)}); '
+                                           'remove it from the data or convert it.')
 
 def _forbidden(path): return ImageError(path, 'forbidden', 'it may not be read by you; ask for the right to read it and its folder.')
 
@@ -92,7 +93,8 @@ def _checked_file(path, limits):
     size = path.stat().st_size
     if size == 0: raise ImageError(path, 'empty', 'it holds no bytes; copy it again from its source.')
     if size > limits.file_bytes:
-        raise ImageError(path, 'too_large', f'{size/2**20:,.0f} MB are more than the {limits.file_bytes/2**20:,.0f} MB allowed; raise Limits.file_bytes if you trust it.')
+        raise ImageError(path, 'too_large', f'{size/2**20:,.0f} MB are more than the {limits.file_bytes/2**20:,.0f} MB allowed; '
+                                            'raise Limits.file_bytes if you trust it.')
 
 # %% ../../nbs/10_data.formats.ipynb #5659d2d6
 def _three_channels(path, a):
@@ -101,9 +103,11 @@ def _three_channels(path, a):
     elif a.dtype.kind == 'u' and a.dtype.itemsize > 1: a = (a/np.iinfo(a.dtype).max).astype(np.float32)
     elif a.dtype.kind == 'f': a = a.astype(np.float32)
     elif a.dtype != np.uint8:
-        raise ImageError(path, 'unsupported', f'pixels of the type {a.dtype} have no stated range; save them as uint8, uint16 or floats from 0 to 1, or give window=(low, high).')
+        raise ImageError(path, 'unsupported', f'pixels of the type {a.dtype} have no stated range; '
+                                              'save them as uint8, uint16 or floats from 0 to 1, or give window=(low, high).')
     if a.dtype == np.float32 and not ((a >= 0) & (a <= 1)).all():
-        raise ImageError(path, 'range', 'its numbers are not all between 0 and 1; give window=(low, high), the values that shall be black and white.')
+        raise ImageError(path, 'range', 'its numbers are not all between 0 and 1; '
+                                        'give window=(low, high), the values that shall be black and white.')
     if a.ndim == 2: a = a[..., None]
     if a.ndim != 3 or a.shape[-1] not in (1, 2, 3, 4) or 0 in a.shape:
         raise ImageError(path, 'unsupported', f'an array of the shape {a.shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
@@ -139,7 +143,8 @@ def _shown_between(path, a, window):
 def _bounded(path, pixels, limits):
     "An `ImageError` if more pixels would be decoded than allowed"
     if pixels > limits.pixels:
-        raise ImageError(path, 'too_large', f'{pixels/1e6:,.0f} million pixels are more than the {limits.pixels/1e6:,.0f} million allowed; read a smaller level or tiles of it, or raise Limits.pixels.')
+        raise ImageError(path, 'too_large', f'{pixels/1e6:,.0f} million pixels are more than the {limits.pixels/1e6:,.0f} million '
+                                            'allowed; read a smaller level or tiles of it, or raise Limits.pixels.')
 
 def _chosen(path, index, count, what):
     "`index` if it is one of `count`; an `ImageError` if not"
@@ -196,9 +201,11 @@ def _read_tiff(path, frame, limits):
         _bounded(path, page.imagelength*page.imagewidth, limits)
         if page.imagedepth != 1: raise ImageError(path, 'unsupported', 'a page holds a volume; save its slices as pages.')
         if page.samplesperpixel > 4:
-            raise ImageError(path, 'unsupported', f'its pixels have {page.samplesperpixel} channels; save the ones to be seen as grey, RGB or RGBA.')
+            raise ImageError(path, 'unsupported', f'its pixels have {page.samplesperpixel} channels; '
+                                                  'save the ones to be seen as grey, RGB or RGBA.')
         if len(page.dataoffsets) < np.prod(page.chunked):
-            raise ImageError(path, 'damaged', f'it lists {len(page.dataoffsets)} of its {np.prod(page.chunked)} strips or tiles; copy it again from its source.')
+            raise ImageError(path, 'damaged', f'it lists {len(page.dataoffsets)} of its {np.prod(page.chunked)} strips or tiles; '
+                                              'copy it again from its source.')
         if max(o + n for o,n in zip(page.dataoffsets, page.databytecounts)) > f.filehandle.size:
             raise ImageError(path, 'damaged', 'it ends before its last strip or tile; copy it again from its source.')
         photometric = page.photometric.name
@@ -266,7 +273,8 @@ def _bounded_segments(path, page, limits):
         if not data: continue                                                # a tile left out is background
         height,width = _stream_size(data) or (math.inf, math.inf)
         if height > rows + 15 or width > columns + 15:
-            raise ImageError(path, 'damaged', f'a tile of {columns} x {rows} pixels holds a stream of {width} x {height} or none; such a file is damaged or hostile.')
+            raise ImageError(path, 'damaged', f'a tile of {columns} x {rows} pixels holds a stream of {width} x {height} or none; '
+                                              'such a file is damaged or hostile.')
 
 # %% ../../nbs/10_data.formats.ipynb #7f770df9
 def _read_npy(path, limits):
@@ -289,11 +297,13 @@ def _dataset(path, limits):
     _bounded_deflate(path, limits)
     try: ds = pydicom.dcmread(path, force=True)
     except RecursionError:
-        raise ImageError(path, 'nested', f'its sequences are nested more than {limits.nesting} deep; such a file is damaged or hostile.') from None
+        raise ImageError(path, 'nested', f'its sequences are nested more than {limits.nesting} deep; '
+                                         'such a file is damaged or hostile.') from None
     level,depth = [ds],0
     while level := [item for d in level for item in _sequence_items(d)]:
         if (depth := depth + 1) > limits.nesting:
-            raise ImageError(path, 'nested', f'its sequences are nested more than {limits.nesting} deep; such a file is damaged or hostile.')
+            raise ImageError(path, 'nested', f'its sequences are nested more than {limits.nesting} deep; '
+                                             'such a file is damaged or hostile.')
     if not any(k in ds for k in ('PixelData', 'FloatPixelData', 'DoubleFloatPixelData')):
         raise _without_pixels(path, ds)
     if 'TransferSyntaxUID' not in ds.file_meta: ds.file_meta.TransferSyntaxUID = _guessed_syntax(*ds.original_encoding)

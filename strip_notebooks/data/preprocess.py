@@ -167,7 +167,8 @@ def normalise(
     "The numbers that go into the model: pixels from 0 to 1, less `shift`, by `scale`; percentiles are cut at 0 and 1"
     import torch
     if not preprocessing.shift:
-        raise PreprocessError(f'The {preprocessing.normalise_by} normalisation is not fitted; call fit_normalisation with the training images.')
+        raise PreprocessError(f'The {preprocessing.normalise_by} normalisation is not fitted; '
+                              'call fit_normalisation with the training images.')
     if batch.dtype != torch.uint8: raise PreprocessError(f'A batch of {batch.dtype} was to be normalised; pixels are uint8 until here.')
     shift,scale = (torch.tensor(v, device=batch.device).view(3, 1, 1)*255 for v in (preprocessing.shift, preprocessing.scale))
     out = (batch - shift)/scale
@@ -183,13 +184,15 @@ class Cache:
     ):
         self.folder = Path(folder)
         if not (self.folder/'index.json').is_file():
-            raise PreprocessError(f'There is no finished cache in {self.folder}; build_cache makes it, and so does `clot run prepare` with the same parameters.')
+            raise PreprocessError(f'There is no finished cache in {self.folder}; '
+                                  'build_cache makes it, and so does `clot run prepare` with the same parameters.')
         index = read_json(self.folder/'index.json')
         self.preprocessing = Preprocessing(**index['preprocessing'])
         self.row_of = {i: r for r,i in enumerate(index['image_ids'])}
         try: self.images = np.load(self.folder/'images.npy', mmap_mode='r')
         except (OSError, ValueError):
-            raise PreprocessError(f'The cache {self.folder} has lost its pixels; delete this folder, and build_cache makes it anew.') from None
+            raise PreprocessError(f'The cache {self.folder} has lost its pixels; '
+                                  'delete this folder, and build_cache makes it anew.') from None
         self.stain_unchanged = index['stain_unchanged']     # Ids of images without enough tissue for stain normalisation
 
     def rows(self,
@@ -213,14 +216,16 @@ def _fill(folder, preprocessing, job):
     images[row] = pixels
     done[row] = 1 if stained else 2
 
-def _killed(job): return ImageError(job[1], 'killed', 'the process that read it was killed, twice: it needs more memory than there is, or is hostile.')
+def _killed(job): return ImageError(job[1], 'killed', 'the process that read it was killed, twice: '
+                                                      'it needs more memory than there is, or is hostile.')
 
 # %% ../../nbs/14_data.preprocess.ipynb #6cb1d3e1
 def _cache_key(cohort, preprocessing):
     "A name by the content of the files and the settings that change pixels"
     with ThreadPoolExecutor(cpu_count()) as pool: hashes = list(progress(pool.map(_file_hash, cohort.path), 'fingerprinting files', total=len(cohort)))
     if gone := [p for p,h in zip(cohort.path, hashes) if h is None]:
-        raise ImageError(gone[0], 'missing', f'{len(gone)} of {len(cohort)} files cannot be opened any more, this one first; bring them back, or set them aside with quarantine and prepare anew.')
+        raise ImageError(gone[0], 'missing', f'{len(gone)} of {len(cohort)} files cannot be opened any more, this one first; '
+                                             'bring them back, or set them aside with quarantine and prepare anew.')
     return content_hash('pixels 2', {k: v for k,v in asdict(preprocessing).items() if k in ('size', 'fit', 'stain', 'clahe')}, cohort.image_id.tolist(), hashes)  # another number whenever `pixels` gives others
 
 def _file_hash(path):
@@ -232,7 +237,8 @@ def _open_arrays(folder, n, size):
     if not (folder/'done.npy').exists():
         need,free = n*size*size*3,shutil.disk_usage(folder).free
         if need > free:
-            raise PreprocessError(f'The pixels of {n} images need {need/2**20:,.0f} MB, and {free/2**20:,.0f} MB are free in {folder.parent}; make room, or choose a smaller size.')
+            raise PreprocessError(f'The pixels of {n} images need {need/2**20:,.0f} MB, '
+                                  f'and {free/2**20:,.0f} MB are free in {folder.parent}; make room, or choose a smaller size.')
         np.lib.format.open_memmap(folder/'images.npy', 'w+', np.uint8, (n, size, size, 3)).flush()
         np.save(folder/'new.npy', np.zeros(n, np.uint8)); (folder/'new.npy').replace(folder/'done.npy')
     return np.load(folder/'done.npy')
@@ -273,7 +279,9 @@ def _build(folder, cohort, preprocessing, workers):
     errors = [e for e in parallel_map(partial(_fill, str(folder), preprocessing), left, 'preprocessing', workers, _killed) if e]
     _open.clear()
     if errors:
-        raise ImageError(errors[0].path, errors[0].reason, f'{len(errors)} of {len(cohort)} images cannot be used, this one first ({str(errors[0])[len(errors[0].path)+2:]}) Set them aside with quarantine; the others are done already.')
+        raise ImageError(errors[0].path, errors[0].reason, f'{len(errors)} of {len(cohort)} images cannot be used, '
+                                                           f'this one first ({str(errors[0])[len(errors[0].path)+2:]}) Set them aside '
+                                                           'with quarantine; the others are done already.')
     state = np.load(folder/'done.npy')
     write_json(folder/'index.json', dict(preprocessing=asdict(preprocessing), image_ids=cohort.image_id.tolist(), stain_unchanged=cohort.image_id[state == 2].tolist()))
 

@@ -563,7 +563,8 @@ def plan_cohort(
     plan['size'] = np.round(size*shrink*np.ones(len(plan))).astype(int)
     least = plan['size'].min()
     if least < 64:
-        raise SyntheticError(f'size={size} makes pictures of {least} pixels, too small to draw cells in; take {np.ceil(64/np.min(shrink)):.0f} or more.')
+        raise SyntheticError(f'size={size} makes pictures of {least} pixels, too small to draw cells in; '
+                             f'take {np.ceil(64/np.min(shrink)):.0f} or more.')
     plan[list(components)] = draw_composition(patients.label, patients.n_images, preset, red_cell_shift, seed)
     return plan[['image_id', 'patient_id', 'label', 'center_id', 'artefact', 'size', *components]]
 

@@ -24,10 +24,12 @@ def _matched(a, b, how):
     if a.index.has_duplicates or b.index.has_duplicates: raise StripError('A patient has several repeats; compare one repeat at a time.')
     if len(a) != len(b) or set(a.index) != set(b.index):
         both = len(set(a.index) & set(b.index))
-        raise StripError(f'The two tables hold {len(a)} and {len(b)} patients, {both} of them in both; a paired comparison needs the same patients.')
+        raise StripError(f'The two tables hold {len(a)} and {len(b)} patients, {both} of them in both; '
+                         'a paired comparison needs the same patients.')
     b = b.loc[a.index]
     if (a.label != b.label).any():
-        raise StripError(f'{(a.label != b.label).sum()} patients have another label in the second table; the tables are of different cohorts.')
+        raise StripError(f'{(a.label != b.label).sum()} patients have another label in the second table; '
+                         'the tables are of different cohorts.')
     return a.reset_index(), b.reset_index()
 
 def verdict(

@@ -157,7 +157,8 @@ def check_finite(
 )->None:
     "Raise a `TrainingError` if the loss is no longer a number"
     if not torch.isfinite(total):
-        raise TrainingError(f'The loss stopped being a number in epoch {epoch+1}. The last good checkpoint is kept; start anew with a lower learning rate (lr), a clip above 0, or precision 32-true.')
+        raise TrainingError(f'The loss stopped being a number in epoch {epoch+1}. The last good checkpoint is kept; '
+                            'start anew with a lower learning rate (lr), a clip above 0, or precision 32-true.')
 
 # %% ../../nbs/42_training.loop.ipynb #288ab341
 def patient_scores(
@@ -192,7 +193,8 @@ def validate(
         rows.append(batch['row'])
     p = class_probabilities(torch.cat(logits))
     if not np.isfinite(p).all():
-        raise TrainingError('The model answers with values that are not numbers. The last good checkpoint is kept; start anew with a lower learning rate (lr).')
+        raise TrainingError('The model answers with values that are not numbers. '
+                            'The last good checkpoint is kept; start anew with a lower learning rate (lr).')
     return patient_scores(make_predictions(cohort.iloc[torch.cat(rows).numpy()], p, list(classes)), classes, prior)
 
 # %% ../../nbs/42_training.loop.ipynb #2bc7e0e0
@@ -256,7 +258,8 @@ def _check_cohort(cohort):
     for split in ('train', 'val'):
         missing = set(classes) - set(cohort.label[cohort.split == split])
         if missing:
-            raise TrainingError(f"The split {split} has no patients of class {', '.join(sorted(missing))}; make the splits anew, or with more patients.")
+            raise TrainingError(f"The split {split} has no patients of class {', '.join(sorted(missing))}; "
+                                "make the splits anew, or with more patients.")
     return classes
 
 def drawn_counts(

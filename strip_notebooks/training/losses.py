@@ -26,7 +26,8 @@ def class_weights(
     "Weights that give every class the same total"
     counts = np.asarray(counts, float)
     if (counts < 1).any():
-        raise TrainingError(f'A class has no training images (counts {counts.astype(int).tolist()}), so it cannot be learned; change the split or leave the class out.')
+        raise TrainingError(f'A class has no training images (counts {counts.astype(int).tolist()}), so it cannot be learned; '
+                            'change the split or leave the class out.')
     return counts.sum()/(len(counts)*counts)
 
 # %% ../../nbs/40_training.losses.ipynb #3e0e8016
