@@ -50,39 +50,66 @@ def near_duplicates(
     return pd.DataFrame(dict(image_id_a=ids[a], image_id_b=ids[b], distance=d)).sort_values(['distance', 'image_id_a', 'image_id_b'], ignore_index=True)
 
 # %% ../../nbs/12_data.checks.ipynb #27a883d7
+def _row(check, verdict, images, sentence):
+    "One line of the report; `images` is how many it speaks of"
+    return dict(check=check, verdict=verdict, images=int(images), sentence=sentence)
+
 def _image_rows(m, least_side, aside=False):
     "Which images are broken (and set aside already), blank, tiny or there twice?"
     read = m[m.reason == '']
     plain = read.contrast < 3
-    corrupt,blank,tiny = (m.reason != '').sum(), plain.sum(), (read[['height', 'width']].min(axis=1) < least_side).sum()
+    corrupt,tiny = (m.reason != '').sum(), (read[['height', 'width']].min(axis=1) < least_side).sum()
     pairs = near_duplicates(read.hash[~plain])
+    alike = len(set(pairs.image_id_a) | set(pairs.image_id_b))
     def row(check, looked_at, count, verdict, sentence):
-        if not looked_at: verdict,sentence = 'error',f'Whether one is {check} is not known: there is no image to look at.'
-        elif not count: verdict,sentence = 'ok',f'No image is {check}.' if looked_at == len(m) else f'None of the {looked_at} images that can be looked at is {check}.'
-        return dict(check=check, verdict=verdict, images=int(count), sentence=sentence)
-    return [row('corrupt', len(m), corrupt, 'warning' if aside else 'error', f'{corrupt} images cannot be read; ' + ('they were set aside.' if aside else 'set them aside with quarantine.')),
-            row('blank', len(read), blank, 'warning', f'{blank} images are of one colour all over.'),
+        if not looked_at: return _row(check, 'error', count, f'Whether one is {check} is not known: there is no image to look at.')
+        if count: return _row(check, verdict, count, sentence)
+        return _row(check, 'ok', 0, f'No image is {check}.' if looked_at == len(m) else
+                                    f'None of the {looked_at} images that can be looked at is {check}.')
+    return [row('corrupt', len(m), corrupt, 'warning' if aside else 'error',
+                f'{corrupt} images cannot be read; ' + ('they were set aside.' if aside else 'set them aside with quarantine.')),
+            row('blank', len(read), plain.sum(), 'warning', f'{plain.sum()} images are of one colour all over.'),
             row('tiny', len(read), tiny, 'warning', f'{tiny} images are smaller than {least_side} pixels on a side.'),
-            row('a near-duplicate', len(read) - blank, len(set(pairs.image_id_a) | set(pairs.image_id_b)), 'warning', f'{len(pairs)} pairs of images look the same; across patients or splits that is a leak.')]
+            row('a near-duplicate', (~plain).sum(), alike, 'warning',
+                f'{len(pairs)} pairs of images look the same; across patients or splits that is a leak.')]
 
 # %% ../../nbs/12_data.checks.ipynb #d6ebcba4
-def _cohort_rows(cohort, read):
-    "Are there enough patients of each class, both at each center, and files of one kind?"
+def _center_row(patients, images):
+    "Has each center patients of every class?"
+    centers = patients.groupby('center_id').label.nunique()
+    one_sided = (centers < patients.label.nunique()).sum() if len(centers) > 1 else 0
+    said = ', '.join(f'{n} patients at center {c}' for c,n in patients.center_id.value_counts().items())
+    if set(centers.index) == {'unknown'}: said = 'The centers are not known'
+    if one_sided: said += (f'; {one_sided} of {len(centers)} are without patients of every class, '
+                           'and the audit asks whether the center tells the label')
+    return _row('centers', 'warning' if one_sided else 'ok', images, said + '.')
+
+def _cohort_rows(cohort):
+    "Are there enough patients of each class, and both at each center?"
     patients = cohort.drop_duplicates('patient_id')
     classes,images = patients.label.value_counts().sort_index(), cohort.patient_id.value_counts()
     few = classes.min() < 10
-    centers = patients.groupby('center_id').label.nunique()
-    single = (centers < len(classes)).sum() if len(centers) > 1 else 0
-    rows = [('classes', 'error' if len(classes) < 2 else 'warning' if few else 'ok', len(cohort), ', '.join(f'{n} patients of {c}' for c,n in classes.items()) + ('; fewer than 10 of a class allow no honest estimate.' if few else '.')),
-            ('patients', 'ok', len(cohort), f'{len(cohort)} images of {len(patients)} patients, {images.min()}' + (f' to {images.max()} of each.' if images.min() < images.max() else ' of each.')),
-            ('centers', 'warning' if single else 'ok', len(cohort), ('The centers are not known' if set(centers.index) == {'unknown'} else ', '.join(f'{n} patients at center {c}' for c,n in patients.center_id.value_counts().items())) + (f'; {single} of {len(centers)} are without patients of every class, and the audit asks whether the center tells the label.' if single else '.'))]
-    if not len(read): rows += [(check, 'error', 0, 'Not known: there is no image to look at.') for check in ('formats', 'sizes', 'brightness')]
-    else:
-        formats,sizes,light = read.format.value_counts(), read.groupby(['height', 'width']).size(), read.brightness
-        rows += [('formats', 'ok' if len(formats) == 1 else 'warning', len(read), ', '.join(f'{n} {f}' for f,n in formats.items()) + '.'),
-                 ('sizes', 'ok' if len(sizes) == 1 else 'warning', len(read), f'All images are {read.height.iloc[0]:.0f} x {read.width.iloc[0]:.0f} pixels.' if len(sizes) == 1 else f'The images have {len(sizes)} sizes, most often {sizes.idxmax()[0]:.0f} x {sizes.idxmax()[1]:.0f} pixels ({sizes.max()} of {len(read)}); the audit asks whether size tells the label.'),
-                 ('brightness', 'warning' if (odd := ((light < 10) | (light > 245)).sum()) else 'ok', len(read), f'The mean of an image is {light.min():.0f} to {light.max():.0f} of 255' + (f'; {odd} are nearly black or white.' if odd else '.'))]
-    return [dict(zip(('check', 'verdict', 'images', 'sentence'), r)) for r in rows]
+    said = ', '.join(f'{n} patients of {c}' for c,n in classes.items())
+    each = f'{images.min()} to {images.max()}' if images.min() < images.max() else images.min()
+    return [_row('classes', 'error' if len(classes) < 2 else 'warning' if few else 'ok', len(cohort),
+                 said + ('; fewer than 10 of a class allow no honest estimate.' if few else '.')),
+            _row('patients', 'ok', len(cohort), f'{len(cohort)} images of {len(patients)} patients, {each} of each.'),
+            _center_row(patients, len(cohort))]
+
+def _file_rows(read):
+    "Are the files of one format and one size, and neither black nor white?"
+    n = len(read)
+    if not n: return [_row(c, 'error', 0, 'Not known: there is no image to look at.') for c in ('formats', 'sizes', 'brightness')]
+    formats,sizes,light = read.format.value_counts(), read.groupby(['height', 'width']).size(), read.brightness
+    height,width = sizes.idxmax()
+    odd = ((light < 10) | (light > 245)).sum()
+    size = (f'All images are {height:.0f} x {width:.0f} pixels.' if len(sizes) == 1 else
+            f'The images have {len(sizes)} sizes, most often {height:.0f} x {width:.0f} pixels ({sizes.max()} of {n}); '
+            'the audit asks whether size tells the label.')
+    return [_row('formats', 'ok' if len(formats) == 1 else 'warning', n, ', '.join(f'{k} {f}' for f,k in formats.items()) + '.'),
+            _row('sizes', 'ok' if len(sizes) == 1 else 'warning', n, size),
+            _row('brightness', 'warning' if odd else 'ok', n, f'The mean of an image is {light.min():.0f} to {light.max():.0f} of 255'
+                                                              + (f'; {odd} are nearly black or white.' if odd else '.'))]
 
 # %% ../../nbs/12_data.checks.ipynb #20f6f9ee
 def validate(
@@ -90,10 +117,10 @@ def validate(
     measures:pd.DataFrame|None=None,# From `measure_images`, with or without the images that were set aside; None measures those of the cohort
     least_side:int=64,              # Pixels below which an image is tiny
 )->pd.DataFrame:                    # check, verdict ('ok', 'warning' or 'error'), images, sentence
-    "What a cohort is made of and what is unusual in it: corrupt, blank, tiny or repeated images, rare classes, odd centers, formats, sizes and brightness"
+    "What a cohort is made of and what is unusual in its images, classes, centers, formats, sizes and brightness"
     m = measure_images(cohort) if measures is None else measures
     aside = not m.index[m.reason != ''].isin(cohort.image_id).any()
-    return pd.DataFrame(_image_rows(m, least_side, aside) + _cohort_rows(cohort, m[m.reason == '']))
+    return pd.DataFrame(_image_rows(m, least_side, aside) + _cohort_rows(cohort) + _file_rows(m[m.reason == '']))
 
 # %% ../../nbs/12_data.checks.ipynb #acdf7453
 def validation_figure(
