@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bundle_version', 'json_bytes', 'spec_types', 'BundleError', 'check_spec', 'save_bundle', 'Bundle', 'load_bundle',
-           'class_probabilities', 'predict_cohort']
+           'class_probabilities', 'check_cache', 'predict_cohort']
 
 # %% ../nbs/31_bundle.ipynb #e770f46b
 import hashlib, json, os, secrets, shutil
@@ -51,7 +51,9 @@ def check_spec(
         raise BundleError(f"The bundle's positive class {spec['positive']!r} is none of its classes {classes}.")
     if not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in shares):
         raise BundleError(f"The bundle's prior {spec['prior']} and threshold {spec['threshold']} must lie in 0 to 1.")
-    if spec['calibration'] and not (set(spec['calibration']) == {'temperature'} and 0 < spec['calibration']['temperature'] < 1000):
+    calibration = spec['calibration'] or dict(temperature=1)
+    temperature = calibration.get('temperature')
+    if len(calibration) != 1 or not isinstance(temperature, (int, float)) or not 0 < temperature < 1000:
         raise BundleError(f"The bundle's calibration {spec['calibration']} is not a temperature between 0 and 1000.")
     if not is_arch(spec['arch']) or not 1 <= spec['in_channels'] <= 64 or not 0 <= spec['dropout'] < 1:
         raise BundleError(f"The bundle's model ({spec['arch']!r}, {spec['in_channels']} channels, "
@@ -66,7 +68,7 @@ def _seal(spec, weights):
 
 def _digest(body):
     "SHA-256 of a JSON value, whatever the order of its keys"
-    return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode(errors='surrogatepass')).hexdigest()
 
 def save_bundle(
     folder,             # Where to write; a bundle that is there is replaced as a whole
@@ -79,6 +81,9 @@ def save_bundle(
     spec = check_spec(json.loads(json.dumps(spec)))
     weights = save({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()})
     folder = Path(folder)
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.is_symlink() or folder.exists() and not empty and not (folder/'bundle.json').is_file():
+        raise BundleError(f'{folder} exists and is not a bundle, so it is not replaced; give another folder.')
     folder.parent.mkdir(parents=True, exist_ok=True)
     new,old = (folder.with_name(f'.{secrets.token_hex(4)}-{folder.name}') for _ in range(2))
     try:
@@ -194,14 +199,23 @@ def _predict(self:Bundle,
 )->np.ndarray:          # (N, C)
     "Probabilities for images as they were read, through the bundle's own preprocessing"
     for i,image in enumerate(images):
-        if np.ndim(image) != 3 or np.shape(image)[2] != 3 or image.dtype != np.uint8:
-            raise BundleError(f'Image {i} is {image.dtype} of shape {np.shape(image)}; '
+        kind,shape = getattr(image, 'dtype', type(image).__name__),getattr(image, 'shape', ())
+        if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+            raise BundleError(f'Image {i} is {kind} of shape {shape}; '
                               'it must be uint8 of shape (H, W, 3), see `to_uint8`.')
     return self.predict_pixels([self.preprocessing.pixels(image) for image in images], batch_size)
 
 Bundle.predict_pixels,Bundle.predict = _predict_pixels,_predict
 
 # %% ../nbs/31_bundle.ipynb #68ea2a80
+def check_cache(
+    cache,              # From `build_cache`
+    preprocessing,      # What its pixels should have gone through
+)->None:
+    "Raise a `BundleError` if the pixels of a cache were made in another way"
+    if any(getattr(cache.preprocessing, k) != getattr(preprocessing, k) for k in ('size', 'fit', 'stain', 'clahe')):
+        raise BundleError('The cache was made with another preprocessing than is asked for here; build it anew with this one.')
+
 def predict_cohort(
     bundle:Bundle,          # From `load_bundle`
     cohort:pd.DataFrame,    # A row an image
@@ -211,9 +225,7 @@ def predict_cohort(
 )->pd.DataFrame:            # The predictions table, a row an image
     "What a bundle says of every image of a cohort"
     if device and device != bundle.device: bundle.model.to(device); bundle.device = device
-    if cache is not None and any(getattr(cache.preprocessing, k) != getattr(bundle.preprocessing, k) for k in ('size', 'fit', 'stain', 'clahe')):
-        raise BundleError('The cache was made with another preprocessing than the bundle was trained with; '
-                          'build it with `bundle.preprocessing`.')
+    if cache is not None: check_cache(cache, bundle.preprocessing)
     rows = None if cache is None else cache.rows(cohort['image_id'])
     out = []
     for i in progress(range(0, len(cohort), batch_size), 'predict'):

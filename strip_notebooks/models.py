@@ -63,7 +63,10 @@ def parameter_stages(
     if not head:
         raise ModelError(f'{type(model).__name__} has no classifier with weights, so it cannot be trained or frozen by stages; '
                          'choose another architecture.')
-    groups = group_parameters(model, model.group_matcher(coarse=True))
+    try: groups = group_parameters(model, model.group_matcher(coarse=True))
+    except (AttributeError, AssertionError, NotImplementedError) as e:
+        raise ModelError(f'{type(model).__name__} does not say what its stages are, so it cannot be frozen by stages; '
+                         'choose another architecture.') from e
     stages = [[n for n in groups[k] if n not in head] for k in sorted(groups)]
     return [s for s in stages if s] + [head]
 
@@ -116,7 +119,12 @@ def load_weights(
     weights,own = read_weights(path),model.state_dict()
     first = model.pretrained_cfg.get('first_conv')
     for name in [f'{f}.weight' for f in ([first] if isinstance(first, str) else first or [])]:
-        if name in weights and name in own and weights[name].shape[1] != own[name].shape[1]: weights[name] = adapt_input_conv(own[name].shape[1], weights[name])
+        if name not in weights or name not in own or weights[name].ndim != own[name].ndim: continue
+        channels,wanted = weights[name].shape[1], own[name].shape[1]
+        if channels == wanted: continue
+        try: weights[name] = adapt_input_conv(wanted, weights[name])
+        except (NotImplementedError, AssertionError) as e:
+            raise ModelError(f'{path} holds a first convolution of {channels} channels, which cannot be adapted to {wanted}.') from e
     head = set(parameter_stages(model)[-1])
     weights = {n:w for n,w in weights.items() if not (n in head and n in own and w.shape != own[n].shape)}
     wrong = [n for n,w in weights.items() if n not in own or w.shape != own[n].shape] + [n for n in own if n not in weights and n not in head]

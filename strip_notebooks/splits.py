@@ -103,7 +103,7 @@ def split_patients(
     seed:int=0,                 # Decides who goes where
 )->pd.DataFrame:                # The cohort with a column `split`: 'train', 'val' or 'test'; `attrs['split']` says how
     "Split by patient, stratified by label, balanced over centers. `SplitError` on bad ratios or too few patients of a class"
-    if len(ratios) != 3 or min(ratios) <= 0 or abs(sum(ratios) - 1) > 1e-6:
+    if len(ratios) != 3 or min(ratios) <= 0 or not abs(sum(ratios) - 1) <= 1e-6:
         raise SplitError(f'ratios={tuple(ratios)} are not three shares above 0 that sum to 1; '
                          'give train, val and test, such as (.7, .15, .15).')
     patients = patient_table(cohort)
@@ -254,6 +254,8 @@ def fold_split(
     table = folds[folds.repeat == repeat]
     if table.patient_id.duplicated().any():
         raise SplitError(f'A patient is in two folds of repeat {repeat}; make the folds with fold_patients.')
+    if table.fold.isna().any():
+        raise SplitError(f'{table.fold.isna().sum()} patients of repeat {repeat} have no fold; make the folds with fold_patients.')
     strangers = len(set(table.patient_id) ^ set(patients.patient_id))
     if strangers:
         raise SplitError(f'Repeat {repeat} of the folds and the cohort differ in {strangers} patients; make the folds from this cohort.')

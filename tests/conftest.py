@@ -1,5 +1,5 @@
 "What every test shares: the repository's root, and no more threads than there are cores for the workers."
-import os
+import os, signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +7,9 @@ import pytest
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
 os.environ.setdefault('STRIP_PROGRESS', 'none')
 ROOT = Path(__file__).parent.parent
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start inherits that: tests that press it need it back.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope='session')
 def root(): return ROOT

@@ -20,13 +20,13 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..bundle import class_probabilities, load_bundle, predict_cohort, save_bundle
+from ..bundle import check_cache, class_probabilities, load_bundle, predict_cohort, save_bundle
 from ..core import atomic_path, content_hash, cpu_count, derive_seed, file_hash, nearest, progress_style, seed_everything, write_csv
 from ..data.augment import mix_batch, policy, policy_names
 from ..data.loading import CohortImages, make_loader
 from ..models import create_model, training_mode, unfreeze
 from ..predictions import aggregate_patients, load_predictions, make_predictions, save_predictions
-from ..splits import assert_disjoint
+from ..splits import assert_disjoint, patient_table
 from ..statistics import auc
 from .losses import TrainingError, loss_names, make_loss, taught_prior
 from .schedules import load_schedule_state, make_optimizer, make_schedule, optimizer_names, schedule_names, schedule_state
@@ -68,7 +68,10 @@ class TrainConfig:
                               precision=['auto', '32-true', 'bf16-mixed'], device=['auto', 'cpu', 'cuda', 'mps'], balance=[None, 'class', 'patient']).items():
             if getattr(self, key) not in names:
                 raise TrainingError(f'There is no {key} {getattr(self, key)!r}{nearest(getattr(self, key), names)}')
-        for key,least in dict(epochs=1, batch_size=1, accumulate=1, clip=0, mixup=0, cutmix=0, patience=0, unfreeze_every=0, workers=0, seed=0, weight_decay=0).items():
+        for key in ('epochs', 'batch_size', 'accumulate', 'patience', 'unfreeze_every', 'workers', 'seed'):
+            if type(getattr(self, key)) is not int: raise TrainingError(f'{key}={getattr(self, key)!r} must be a whole number.')
+        for key,least in dict(epochs=1, batch_size=1, accumulate=1, clip=0, mixup=0, cutmix=0, patience=0, unfreeze_every=0,
+                              workers=0, seed=0, weight_decay=0).items():
             if not getattr(self, key) >= least: raise TrainingError(f'{key}={getattr(self, key)} must be {least} or more.')
         if not self.lr > 0 or not 0 <= self.ema < 1 or not 0 <= self.warmup < 1:
             raise TrainingError(f'lr={self.lr} must be above 0, ema={self.ema} and warmup={self.warmup} in 0 to below 1.')
@@ -251,8 +254,12 @@ class TrainResult(NamedTuple):
     bundle_path:Path            # The bundle of the best epoch
 
 def _check_cohort(cohort):
-    "The classes of a split cohort, if training and validation have all of them"
+    "The classes of a split cohort, if it has no gaps and no doubles, and training and validation have all classes"
     assert_disjoint(cohort)
+    patient_table(cohort)
+    if cohort.image_id.duplicated().any(): raise TrainingError('An image is in the cohort more than once; drop the double rows.')
+    if not all(isinstance(c, str) for c in cohort.label.unique()):
+        raise TrainingError('The labels of the cohort are not text; write cohort.assign(label=cohort.label.astype(str)).')
     classes = sorted(cohort.label.unique())
     if len(classes) < 2: raise TrainingError(f'All patients are {classes[0]!r}; a classifier needs two classes.')
     for split in ('train', 'val'):
@@ -286,6 +293,7 @@ class Trainer:
         from timm.utils import ModelEmaV3
         self.cohort,self.cache,self.config,self.folder,self.preprocessing = cohort,cache,config,Path(folder),preprocessing
         self.classes = _check_cohort(cohort)
+        check_cache(cache, preprocessing)
         self.device = pick_device(config.device)
         self.precision = pick_precision(self.device, config.precision)
         self.fabric = Fabric(accelerator=self.device, devices=1, precision=self.precision)
@@ -300,7 +308,7 @@ class Trainer:
         self.loaders = dict(train=make_loader(train, config.batch_size, True, config.balance, config.workers, config.seed),
                             val=make_loader(val, config.batch_size, False))
         counts = drawn_counts(self.rows['train'], self.classes, config.balance)
-        self.prior = taught_prior(config.loss, counts)
+        self.prior = taught_prior(config.loss, counts, config.label_smoothing)
         self.loss = make_loss(config.loss, counts, config.label_smoothing, self.fabric.device)
         steps = config.epochs*math.ceil(len(self.loaders['train'])/config.accumulate)
         self.schedule = make_schedule(self.optimizer.optimizer, config.schedule, steps, config.warmup)
@@ -422,7 +430,7 @@ def train(
     with deterministic():
         trainer = Trainer(cohort, cache, preprocessing, config, folder)
         resume(trainer)
-        if trainer.done and (folder/'predictions.csv').exists():
+        if trainer.done and (folder/'predictions.csv').exists() and (folder/'bundle').exists():
             return TrainResult(pd.DataFrame(trainer.history), load_predictions(folder/'predictions.csv'), folder/'bundle')
         board,live = _events(folder/'tensorboard', len(trainer.history)),LiveCurve(config.epochs)
         while not trainer.done:

@@ -72,8 +72,10 @@ def make_loss(
 def taught_prior(
     name:str,       # One of `loss_names`
     counts,         # Images of each class as the training draws them, (C,)
+    label_smoothing:float=0., # As in the loss, 0 to below 1
 )->np.ndarray:      # (C,), sums to 1
     "The class probabilities that a model without eyes would learn from this loss"
     counts = np.asarray(counts, float)
-    weighted = counts*(class_weights(counts) if name in ('weighted_cross_entropy', 'competition') else 1)
+    seen = (1 - label_smoothing)*counts + label_smoothing*counts.mean()     # smoothing moves some of each label to all classes
+    weighted = seen*(class_weights(counts) if name in ('weighted_cross_entropy', 'competition') else 1)
     return weighted/weighted.sum()
