@@ -201,12 +201,15 @@ def model_summary(
     model:nn.Module,        # From `create_model`
     size:int=224,           # Height and width of the image, pixels
 )->dict:                    # parameters, trainable, multiply_adds (of one image), megabytes (10**6 bytes of weights and buffers)
-    "What a model weighs and costs"
+    "What a model weighs and costs; a `ModelError` if it takes no images of that size"
     from copy import deepcopy
     from torch.utils.flop_counter import FlopCounterMode
     first = next(p for p in model.parameters() if p.ndim == 4)
     ghost = deepcopy(model).to('meta').eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad(): ghost(torch.empty(1, first.shape[1], size, size, device='meta'))
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad(): ghost(torch.empty(1, first.shape[1], size, size, device='meta'))
+    except (AssertionError, RuntimeError, ValueError) as e:
+        raise ModelError(f'{type(model).__name__} takes no images of {size} x {size} pixels ({e}); choose another size or architecture.') from e
     return dict(parameters=sum(p.numel() for p in model.parameters()), trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
                 multiply_adds=counter.get_total_flops()//2, megabytes=sum(t.numel()*t.element_size() for t in model.state_dict().values())/1e6)
 

@@ -24,7 +24,7 @@ from ..bundle import check_cache, class_probabilities, load_bundle, predict_coho
 from ..core import atomic_path, content_hash, cpu_count, derive_seed, file_hash, nearest, progress_style, seed_everything, write_csv
 from ..data.augment import mix_batch, policy, policy_names
 from ..data.loading import CohortImages, make_loader
-from ..models import create_model, training_mode, unfreeze
+from ..models import create_model, model_summary, training_mode, unfreeze
 from ..predictions import aggregate_patients, load_predictions, make_predictions, save_predictions
 from ..splits import assert_disjoint, patient_table
 from ..statistics import auc
@@ -299,6 +299,7 @@ class Trainer:
         self.fabric = Fabric(accelerator=self.device, devices=1, precision=self.precision)
         seed_everything(derive_seed(config.seed, 'start'))
         net = create_model(config.arch, len(self.classes), 3, config.dropout, config.pretrained, config.trainable)
+        model_summary(net, preprocessing.size)      # some architectures take images of one size only: better told now
         self.net = net.to(memory_format=torch.channels_last)
         self.model,self.optimizer = self.fabric.setup(self.net, make_optimizer(self.net, config.optimizer, config.lr, config.weight_decay))
         self.ema = ModelEmaV3(self.net, config.ema, use_warmup=True) if config.ema else None
