@@ -100,7 +100,7 @@ def test_pages_hold_no_housekeeping_and_no_placeholder_address(site):
     for path in site.glob('nbs/**/*.html'):
         found = Page(path)
         assert not [l for l in found.links if l.startswith(host)], path.name
-        for word in ('default_exp', 'nbdev_export('): assert word not in path.read_text() or path.name == '96_docs.html', (path.name, word)
+        for word in ('default_exp', 'nbdev_export('): assert word not in path.read_text() or path.name == '960_docs.html', (path.name, word)
 
 def test_the_filter_gives_the_page_that_is_staged(staged):
     "Quarto calls the filter in the notebook's own folder"

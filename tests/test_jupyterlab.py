@@ -14,7 +14,7 @@ CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shuti
 EVERY = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 # the steps stand last, in the order in which they build on each other
 STEPS = [f'nbs/experiments/{s}.ipynb' for s in ('prepare', 'train', 'evaluate', 'report', 'benchmark')]
-ASKED = os.environ.get('STRIP_LAB_NOTEBOOKS', 'nbs/00_core.ipynb')
+ASKED = os.environ.get('STRIP_LAB_NOTEBOOKS', 'nbs/000_core.ipynb')
 NOTEBOOKS = [n for n in EVERY if n not in STEPS] + STEPS if ASKED == 'all' else ASKED.split(',')
 STATE = """() => {
     const panel = window.jupyterapp.shell.currentWidget
