@@ -143,6 +143,11 @@ def test_notebook_opens_with_a_title_and_a_sentence(path):
 def test_notebook_is_light(path):
     assert path.stat().st_size <= 400_000, 'smaller or fewer pictures, tables by .head()'
 
+@pytest.mark.parametrize('path', notebooks, ids=name)
+def test_run_all_does_not_rewrite_the_library(path):
+    "People export with `nbdev_export`; a reader who presses Run All in a chapter only reads"
+    assert not [source(c) for c in code_cells(path) if 'nbdev_export(' in source(c).replace('nbdev_export()`', '')]
+
 def test_exported_imports_are_by_name():
     for path in modules:
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
