@@ -127,9 +127,9 @@ def wilson_interval(
     n:int,          # At least 1
 )->tuple:           # low, high
     "95 % interval of a share (Wilson 1927)"
-    z = 1.959963984540054
-    middle,half = (k + z*z/2)/(n + z*z), z*np.sqrt(k*(n - k)/n + z*z/4)/(n + z*z)
-    return float(max(0, middle - half)), float(min(1, middle + half))
+    from scipy.stats import binomtest
+    low,high = binomtest(int(k), int(n)).proportion_ci(method='wilson')
+    return float(low), float(high)
 
 # %% ../nbs/030_statistics.ipynb #7cb634b7
 def _placements(y, p):

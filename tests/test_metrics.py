@@ -11,7 +11,7 @@ import pytest
 from strip_notebooks.core import StripError
 from strip_notebooks.metrics import figures
 from strip_notebooks.metrics.compare import compare
-from strip_notebooks.metrics.operating import choose_threshold
+from strip_notebooks.operating import choose_threshold
 from strip_notebooks.metrics.scores import center_table, class_table, metric_names, metric_values, scikit_learn_values, scores
 from strip_notebooks.predictions import aggregate_patients, load_predictions, make_predictions, save_predictions
 from strip_notebooks.statistics import Estimate, bootstrap_weights, delong_interval, delong_paired, permutation_p, wilson_interval
@@ -135,7 +135,7 @@ def test_from_predictions_to_a_verdict(tmp_path):
     assert back['test'].patient_id[0] == '000e5' and back['test'].center_id[0] == '00'
 
     threshold = choose_threshold(back['validation'])
-    with pytest.raises(StripError, match='test patients'): choose_threshold(back['test'])
+    with pytest.raises(StripError, match="test patients"): choose_threshold(back['test'])
     table = scores(back['test'], threshold=threshold, train_prior=.27, n_resamples=400)
     assert (table.low <= table.value).all() and (table.value <= table.high).all() and table.attrs['patients'] == 150
     patients = aggregate_patients(back['test'])

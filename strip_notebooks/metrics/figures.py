@@ -94,9 +94,9 @@ def reliability_figure(
     y,p,positive,color,fig,ax = _setup(predictions, how, positive)
     t = reliability_table(y, p, bins)
     ax.plot([0, 1], [0, 1], color='.5', ls=':', label='perfect')
-    ax.errorbar(t.answered, t.observed, yerr=[t.observed - t.low, t.high - t.observed], fmt='o-', color=color, capsize=2, lw=1,
+    ax.errorbar(t.predicted, t.observed, yerr=[t.observed - t.low, t.high - t.observed], fmt='o-', color=color, capsize=2, lw=1,
                 label='observed, 95 % interval')
-    for r in t.itertuples(): ax.annotate(str(r.patients), (r.answered, 1.03), ha='center', fontsize=7, color='.35')
+    for r in t.itertuples(): ax.annotate(str(r.patients), (r.predicted, 1.03), ha='center', fontsize=7, color='.35')
     ax.set(xlabel=f'answered probability of {positive}', ylabel=f'observed share of {positive}',
            xlim=(-.02, 1.02), ylim=(-.02, 1.1), yticks=np.linspace(0, 1, 6))
     ax.set_title(f'{len(y)} patients; how many, along the top', fontsize=10)
