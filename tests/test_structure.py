@@ -1,8 +1,12 @@
-"The shape of the project: floors, exports, clean notebooks, documented functions, a README in step"
+"""The shape of the project: floors, limits of size, exports, clean notebooks, documented functions, a README in step
+
+    python tests/test_structure.py                             # the table of sizes, and what exceeds a limit
+    python tests/test_structure.py nbs/140_data.cohort.ipynb   # the same for some notebooks
+"""
 import ast, json, os, re, shutil, subprocess, sys
 from io import StringIO
 from pathlib import Path
-from tokenize import COMMENT, generate_tokens
+from tokenize import COMMENT, OP, generate_tokens
 
 import pytest
 import yaml
@@ -67,6 +71,122 @@ def test_experiments_and_guides_define_no_module():
 def test_every_module_comes_from_a_notebook():
     assert {'.'.join(p.relative_to(library).with_suffix('').parts) for p in modules} == set(floors)
 
+def test_numbers_have_three_digits():
+    assert [p.name for p in notebooks if floor_of(p) is not None and not re.match(r'\d{3}_', p.name)] == []
+
+# --- limits of size
+
+LINES, WIDTH, PARAMETERS = 25, 120, 7     # of an exported cell, of an exported line, of a public function
+
+def exported(path):
+    "The exported cells of a notebook, each without its directives"
+    for cell in code_cells(path):
+        text = source(cell)
+        if re.search(r'^#\|\s*exporti?\b', text, flags=re.MULTILINE): yield re.sub(r'^#\|.*\n?', '', text, flags=re.MULTILINE)
+
+def code_lines(text):
+    "The lines that are neither blank nor a comment alone"
+    return [l for l in text.splitlines() if l.strip() and not l.lstrip().startswith('#')]
+
+def joined(text):
+    "How many semicolons join statements"
+    return sum(t.type == OP and t.string == ';' for t in generate_tokens(StringIO(text).readline))
+
+def parameters(node):
+    "The names of a function's parameters, without self and cls"
+    a = node.args
+    return [p.arg for p in [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])] if p.arg not in ('self', 'cls')]
+
+def body_lines(node, text):
+    "The lines of a function's body, without its docstring"
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    return len(code_lines('\n'.join(text.splitlines()[body[0].lineno - 1:node.end_lineno]))) if body else 0
+
+def functions(text): return [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+def violations(path):
+    "What exceeds a limit in the exported cells of a notebook"
+    for text in exported(path):
+        first = next(iter(re.findall(r'^(?:async )?(?:def|class) (\w+)', text, flags=re.MULTILINE)), text.splitlines()[0][:40])
+        if len(code_lines(text)) > LINES: yield f'{path.name}: the cell of {first} has {len(code_lines(text))} lines, at most {LINES}'
+        yield from (f'{path.name}: {len(line)} characters, at most {WIDTH}: {line.strip()[:80]}' for line in text.splitlines() if len(line) > WIDTH)
+        if joined(text): yield f'{path.name}: {joined(text)} semicolons join statements in the cell of {first}'
+        for label, node in public_functions(ast.parse(text)):
+            if len(parameters(node)) > PARAMETERS: yield f'{path.name}: {label} has {len(parameters(node))} parameters, at most {PARAMETERS}'
+
+@pytest.mark.parametrize('path', [p for p in notebooks if module_of(p)], ids=name)
+def test_exported_cells_keep_the_limits(path):
+    assert list(violations(path)) == []
+
+def test_what_exceeds_a_limit_is_seen(tmp_path):
+    "One cell that is just within every limit, and one beyond each"
+    body = lambda n: '\n'.join(f'    a{i} = {i}' for i in range(n))
+    within = ['#| export\n# why\n\ndef f(a, b, c, d, e, f, g):\n' + body(24), '#| export\nclass A:\n    def f(self, a, b, c, d, e, f, g): pass', "#| export\nx = 'a;b'" + ' '*(WIDTH - 9), 'a = 1; b = 2']
+    beyond = ['#| export\ndef f():\n' + body(25), '#| exporti\nx = 1; y = 2', '#| export\nx = ' + '1'*WIDTH, '#| export\ndef f(a, b, c, d, e, f, g, *, h): pass']
+    for cells, n in (within, 0), (beyond, 4):
+        (tmp_path/'x.ipynb').write_text(json.dumps(dict(cells=[dict(cell_type='code', source=c) for c in cells])))
+        assert len(list(violations(tmp_path/'x.ipynb'))) == n, list(violations(tmp_path/'x.ipynb'))
+
+wanted = {'exported lines per cell, median / 90 % / longest': '8 / 20 / 25', 'lines of a function body, median / 90 % / longest': '4 / 12 / 25',
+          'width of exported lines, median / 90 %; over 120': '45 / 95; 0', 'lines that join statements with ;': '0',
+          'parameters of public functions, 90 % / longest': '4 / 7', 'words per prose cell, mean': '35', 'pictures in all notebooks': 'wherever one would rather look'}
+
+def sizes(paths):
+    "The rows of the table of STYLE.md for some notebooks"
+    at = lambda values, share: sorted(values)[min(int(share*len(values)), len(values) - 1)] if values else 0
+    cells = [text for p in paths for text in exported(p)]
+    lines = [len(code_lines(c)) for c in cells]
+    bodies = [body_lines(n, c) for c in cells for n in functions(c)]
+    widths = [len(l) for c in cells for l in c.splitlines() if l.strip()]
+    counts = [len(parameters(n)) for c in cells for _, n in public_functions(ast.parse(c))]
+    words = [len(source(c).split()) for p in paths for c in read(p)['cells'] if c['cell_type'] == 'markdown']
+    pictures = sum('image/png' in o.get('data', {}) or 'image/svg+xml' in o.get('data', {}) for p in paths for c in code_cells(p) for o in outputs(c))
+    found = [f'{at(lines, .5)} / {at(lines, .9)} / {max(lines, default=0)}', f'{at(bodies, .5)} / {at(bodies, .9)} / {max(bodies, default=0)}',
+             f'{at(widths, .5)} / {at(widths, .9)}; {sum(w > WIDTH for w in widths)}', str(sum(map(joined, cells))),
+             f'{at(counts, .9)} / {max(counts, default=0)}', f'{sum(words)/max(len(words), 1):.0f}', str(pictures)]
+    return dict(zip(wanted, found))
+
+def table(paths):
+    "The table of sizes as text"
+    head = f'{"":52}{"here":>16}   wanted'
+    return '\n'.join([head, *(f'{label:52}{value:>16}   {wanted[label]}' for label, value in sizes(paths).items())])
+
+def test_table_of_sizes(tmp_path, capsys):
+    "Right for a notebook whose sizes are known; printed for this project, so that a reader of the log sees where it stands"
+    code = ['#| export\ndef f(a, b):\n    "Adds"\n    c = a + b\n    # a comment\n\n    return c', '#| export\nx = 1; y = 2', 'z = 3']
+    cells = [*(dict(cell_type='code', source=c) for c in code), dict(cell_type='markdown', source='four words of prose')]
+    (tmp_path/'x.ipynb').write_text(json.dumps(dict(cells=cells)))
+    assert list(sizes([tmp_path/'x.ipynb']).values()) == ['4 / 4 / 4', '2 / 2 / 2', '12 / 15; 0', '1', '2 / 2', '4', '0']
+    with capsys.disabled(): print('\n' + table(notebooks))
+
+# --- the files of a run are known to one module
+
+run_file = re.compile(r"""\b(?:status|parameters|metrics|environment|links|record)\.json\b|\breport\.html\b(?!#)|\bpredictions\.csv\b|\blog\.txt\b|\bsummary\.(?:md|txt)\b|/\s*['"](?:tables|figures|bundle|checkpoints?|records)\b['"/]""")
+
+def test_files_of_a_run_are_seen():
+    for text in ("run.path/'status.json'", "run.path/'tables'/'x.csv'", 'path/"report.html"', "folder/'predictions.csv'"): assert run_file.search(text), text
+    for text in ("run.table('splits')", "folder/'bundle.json'", 'run.report', "('report.html#x')", "image/'figures_of_merit'"): assert not run_file.search(text), text
+
+@pytest.mark.parametrize('path', [p for p in notebooks if module_of(p) and module_of(p) != 'runs' or p.parent.name == 'experiments'], ids=name)
+def test_only_runs_knows_the_files_of_a_run(path):
+    "In what is exported, and in the experiments; chapters may show what a run left"
+    cells = map(source, code_cells(path)) if path.parent.name == 'experiments' else exported(path)
+    assert [l for text in cells for l in text.splitlines() if run_file.search(l)] == []
+
+# --- what the library imports
+
+builders = {'nbdev', 'execnb', 'ghapi'}
+
+def packages(text):
+    "The first name of every module that a piece of code imports, also inside its functions"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import): yield from (a.name.split('.')[0] for a in node.names)
+        if isinstance(node, ast.ImportFrom): yield (node.module or '').split('.')[0]
+
+@pytest.mark.parametrize('path', modules, ids=name)
+def test_library_works_without_what_builds_it(path):
+    assert builders & set(packages(path.read_text(encoding='utf-8'))) == set()
+
 # --- exports and clean notebooks, tried on a copy
 
 @pytest.fixture(scope='module')
@@ -82,7 +202,7 @@ def copy(tmp_path_factory):
     return folder
 
 def differing(copy, part, suffix):
-    "The files of one part that differ between the project and its copy, or stand in only one of them"
+    "The files of one folder that differ between the project and its copy, or are in only one of them"
     def files(top): return {p.relative_to(top).as_posix(): p.read_text(encoding='utf-8') for p in (top/part).rglob(f'*{suffix}') if '.ipynb_checkpoints' not in p.parts}
     ours, theirs = files(root), files(copy)
     return sorted(f for f in {*ours, *theirs} if ours.get(f) != theirs.get(f))
@@ -91,7 +211,7 @@ def test_export_changes_nothing(copy):
     assert differing(copy, 'strip_notebooks', '.py') == []
     assert (copy/'pyproject.toml').read_text() == (root/'pyproject.toml').read_text()
 
-def test_export_writes_the_library_anew(copy):
+def test_export_writes_an_emptied_library_again(copy):
     "A copy whose library was emptied gets the same one back, so the test above compares with something"
     module = copy/'strip_notebooks'/'core.py'
     before = module.read_text(); module.unlink()
@@ -218,3 +338,9 @@ def test_the_site_lists_every_notebook_in_order():
     assert sorted(render) == sorted(sidebar) == [name(p) for p in notebooks]
     chapters = [p for p in sidebar if floor_of(Path(p)) is not None]
     assert chapters == sorted(chapters)
+
+if __name__ == '__main__':
+    asked = [Path(a).resolve() for a in sys.argv[1:]] or notebooks
+    found = [v for p in asked for v in violations(p)]
+    print(*found, f'{len(found)} violations' if found else 'every limit is kept', '', table(asked), sep='\n')
+    sys.exit(bool(found))
