@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from .core import StripError, progress, write_json
-from .data.formats import read_image, to_uint8
+from .data.formats import read_image
+from .data.images import to_uint8
 from .data.preprocess import Preprocessing
 from .models import ModelError, create_model, is_arch
 from .predictions import make_predictions

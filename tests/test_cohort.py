@@ -55,14 +55,14 @@ def half_gzip(path):
 BROKEN = {  # name of the way: ending, how to break the file at a path, the reason that must be given
     'no bytes':            ('.png', lambda p: p.write_bytes(b''), 'empty'),
     'text':                ('.png', lambda p: p.write_text('the scanner was busy\n'*40), 'not_an_image'),
-    'half a PNG':          ('.png', lambda p: half(draw(p, side=64)), 'damaged'),
-    'half a JPEG':         ('.jpg', lambda p: half(draw(p, side=64)), 'damaged'),
-    'half a TIFF':         ('.tif', lambda p: half(draw(p, side=64)), 'damaged'),
+    'half a PNG':          ('.png', lambda p: half(draw(p, side=64)), 'corrupt'),
+    'half a JPEG':         ('.jpg', lambda p: half(draw(p, side=64)), 'corrupt'),
+    'half a TIFF':         ('.tif', lambda p: half(draw(p, side=64)), 'corrupt'),
     'more than allowed':   ('.png', lambda p: p.write_bytes(huge_png()), 'too_large'),
     'Python objects':      ('.npy', lambda p: np.save(p, np.array([{}, []], object), allow_pickle=True), 'unsupported'),
     'numbers of no range': ('.npy', lambda p: np.save(p, np.full((8, 8), 700.)), 'range'),
     'a DICOM report':      ('.dcm', report_without_pixels, 'no_pixels'),
-    'half a gzip':         ('.nii.gz', half_gzip, 'damaged'),
+    'half a gzip':         ('.nii.gz', half_gzip, 'corrupt'),
 }
 
 

@@ -8,14 +8,20 @@ import pytest
 import tifffile
 from PIL import Image, ImageOps
 
-from strip_notebooks.data.formats import ImageError, Limits, image_format, image_size, read_image, write_image
+from strip_notebooks.data.formats import image_format, image_size, read_image, write_image
+from strip_notebooks.data.images import ImageError, Limits, Reading
 
 DICOM = Path(importlib.util.find_spec('pydicom').origin).parent/'data'/'test_files'
 ENCODERS = dict(jpeg=imagecodecs.jpeg8_encode, jpegls=imagecodecs.jpegls_encode, jpeg2000=lambda a: imagecodecs.jpeg2k_encode(a, codecformat='j2k', level=0))
 
 
+def read(path, limits=Limits(), **reading):
+    "The picture, the choices of its `Reading` given one by one"
+    return read_image(path, Reading(**reading), limits=limits)
+
+
 def reason(path, **kwargs):
-    try: return read_image(path, **kwargs).shape
+    try: return read(path, **kwargs).shape
     except ImageError as e:
         assert str(e).startswith(str(path)) and e.path == str(path)
         return e.reason
@@ -57,21 +63,21 @@ def claiming(stream, side):
 @pytest.mark.parametrize('coding', ENCODERS)
 def test_dicom_streams_of_another_size(tmp_path, streams, coding):
     compressed_dicom(tmp_path/'bomb.dcm', coding, streams[coding])
-    assert reason(tmp_path/'bomb.dcm') == 'damaged'
+    assert reason(tmp_path/'bomb.dcm') == 'corrupt'
     small = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)
     compressed_dicom(tmp_path/'good.dcm', coding, ENCODERS[coding](small))
-    assert abs(read_image(tmp_path/'good.dcm')[..., 0].astype(int) - small).max() <= (6 if coding == 'jpeg' else 0)
+    assert abs(read(tmp_path/'good.dcm')[..., 0].astype(int) - small).max() <= (6 if coding == 'jpeg' else 0)
     compressed_dicom(tmp_path/'other.dcm', coding, ENCODERS[coding](small[:63]))
-    assert reason(tmp_path/'other.dcm') == 'damaged'
+    assert reason(tmp_path/'other.dcm') == 'corrupt'
 
 
 @pytest.mark.parametrize('coding,code', [('jpeg', 7), ('jpeg2000', 34712), ('jpeg2000', 33005)])
 def test_tiff_streams_of_another_size(tmp_path, streams, coding, code):
     compressed_tiff(tmp_path/'bomb.tif', code, streams[coding])
-    assert reason(tmp_path/'bomb.tif') == 'damaged'
+    assert reason(tmp_path/'bomb.tif') == 'corrupt'
     small = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)
     compressed_tiff(tmp_path/'good.tif', code, ENCODERS[coding](small))
-    assert abs(read_image(tmp_path/'good.tif')[..., 0].astype(int) - small).max() <= (6 if coding == 'jpeg' else 0)
+    assert abs(read(tmp_path/'good.tif')[..., 0].astype(int) - small).max() <= (6 if coding == 'jpeg' else 0)
 
 
 def test_bombs_take_no_memory(tmp_path, streams):
@@ -96,11 +102,11 @@ print(peak() - before < 130)
 '''
     if not Path('/proc/self/status').exists(): pytest.skip('the memory of a process is read from /proc')
     done = subprocess.run([sys.executable, '-c', code, *map(str, files)], capture_output=True, text=True)
-    assert done.stdout.split() == ['damaged']*6 + ['True'] and done.stderr == '', done
+    assert done.stdout.split() == ['corrupt']*6 + ['True'] and done.stderr == '', done
 
 
 def test_nothing_is_written_to_the_terminal_by_decoders(capfd):
-    assert reason(DICOM/'JPEG2000-embedded-sequence-delimiter.dcm') == 'damaged'
+    assert reason(DICOM/'JPEG2000-embedded-sequence-delimiter.dcm') == 'corrupt'
     assert capfd.readouterr() == ('', '')
 
 
@@ -120,7 +126,7 @@ def test_colors_of_tiffs_as_pillow_reads_them(tmp_path):
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(rgb).convert('YCbCr').save(tmp_path/'ycbcr.tif')
-    np.testing.assert_array_equal(read_image(tmp_path/'ycbcr.tif'), np.asarray(Image.open(tmp_path/'ycbcr.tif').convert('RGB')))
+    np.testing.assert_array_equal(read(tmp_path/'ycbcr.tif'), np.asarray(Image.open(tmp_path/'ycbcr.tif').convert('RGB')))
     tifffile.imwrite(tmp_path/'lab.tif', rgb, photometric='cielab')
     assert reason(tmp_path/'lab.tif') == 'unsupported'
     opacity = rng.integers(0, 256, (20, 30, 1), dtype=np.uint8)
@@ -128,7 +134,7 @@ def test_colors_of_tiffs_as_pillow_reads_them(tmp_path):
     tifffile.imwrite(tmp_path/'weighted.tif', np.concatenate([weighted, opacity], -1), photometric='rgb', extrasamples=['assocalpha'])
     tifffile.imwrite(tmp_path/'plain.tif', np.concatenate([rgb, opacity], -1), photometric='rgb', extrasamples=['unassalpha'])
     want = rgb*(opacity/255.) + 255 - opacity
-    for n in ('weighted.tif', 'plain.tif'): assert abs(read_image(tmp_path/n) - want).max() <= 1, n
+    for n in ('weighted.tif', 'plain.tif'): assert abs(read(tmp_path/n) - want).max() <= 1, n
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
@@ -139,7 +145,7 @@ def test_turns_of_tiff_jpeg_and_png(tmp_path, orientation):
     Image.fromarray(rgb).save(tmp_path/'a.jpg', exif=exif, quality=95); Image.fromarray(rgb).save(tmp_path/'a.png', exif=exif)
     for n in ('a.tif', 'a.jpg', 'a.png'):
         want = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path/n)))
-        np.testing.assert_array_equal(read_image(tmp_path/n), want)
+        np.testing.assert_array_equal(read(tmp_path/n), want)
         assert image_size(tmp_path/n) == want.shape[:2]
 
 
@@ -151,7 +157,7 @@ def test_png_that_tells_its_turn_at_the_end(tmp_path):
     Image.fromarray(rgb).save(tmp_path/'a.png'); b = (tmp_path/'a.png').read_bytes()
     tags = exif.tobytes()[6:]; chunk = struct.pack('>I', len(tags)) + b'eXIf' + tags + struct.pack('>I', zlib.crc32(b'eXIf' + tags))
     (tmp_path/'a.png').write_bytes(b[:-12] + chunk + b[-12:])
-    assert read_image(tmp_path/'a.png').shape[:2] == image_size(tmp_path/'a.png') == (24, 16)
+    assert read(tmp_path/'a.png').shape[:2] == image_size(tmp_path/'a.png') == (24, 16)
 
 
 @pytest.mark.parametrize('options', [dict(), dict(progressive=True), dict(subsampling=0), dict(subsampling=2, optimize=True)])
@@ -162,7 +168,7 @@ def test_jpeg_and_png_are_those_of_pillow(tmp_path, options):
             if suffix == ('.png' if mode == 'CMYK' else '.jpg') and mode not in ('RGB', 'L', 'CMYK') or (suffix, mode) == ('.png', 'CMYK'): continue
             Image.fromarray(smooth).convert(mode).save(tmp_path/f'a{suffix}', **(options if suffix == '.jpg' else {}))
             with Image.open(tmp_path/f'a{suffix}') as image: want = np.asarray(image.convert('RGB'))
-            np.testing.assert_array_equal(read_image(tmp_path/f'a{suffix}'), want, err_msg=mode + suffix)
+            np.testing.assert_array_equal(read(tmp_path/f'a{suffix}'), want, err_msg=mode + suffix)
 
 
 def test_frames_and_windows_that_make_no_sense(tmp_path):
@@ -194,14 +200,14 @@ def test_blank_dicom_elements_are_as_if_left_out(tmp_path):
                 if k in ds: del ds[k]
                 if blank: setattr(ds, k, pydicom.Sequence() if k.endswith('Sequence') else None)
             ds.save_as(tmp_path/f'{blank}.dcm')
-        np.testing.assert_array_equal(read_image(tmp_path/'True.dcm'), read_image(tmp_path/'False.dcm'))
+        np.testing.assert_array_equal(read(tmp_path/'True.dcm'), read(tmp_path/'False.dcm'))
 
 
 def test_an_unreadable_element_beside_the_pixels_hides_nothing(tmp_path):
     b = (DICOM/'MR_small.dcm').read_bytes()
     at = b.index(b'\x20\x00\x11\x00IS') + 8                                # the series number
     (tmp_path/'a.dcm').write_bytes(b[:at] + b'x' + b[at+1:])
-    np.testing.assert_array_equal(read_image(tmp_path/'a.dcm'), read_image(DICOM/'MR_small.dcm'))
+    np.testing.assert_array_equal(read(tmp_path/'a.dcm'), read(DICOM/'MR_small.dcm'))
 
 
 def test_sizes_from_headers_are_those_of_the_pictures(tmp_path):
@@ -209,7 +215,7 @@ def test_sizes_from_headers_are_those_of_the_pictures(tmp_path):
     checked = 0
     for f in sorted(DICOM.iterdir()):
         if not f.is_file(): continue
-        try: want = read_image(f).shape[:2]
+        try: want = read(f).shape[:2]
         except ImageError: continue
         assert image_size(f) == want, f.name
         checked += 1
@@ -218,7 +224,7 @@ def test_sizes_from_headers_are_those_of_the_pictures(tmp_path):
     for i in range(12):                                                    # axes in any order and direction
         affine = np.eye(4); affine[:3, :3] = np.eye(3)[rng.permutation(3)]*rng.choice([-1, 1], 3)
         nibabel.save(nibabel.Nifti1Image(rng.integers(0, 255, (4, 5, 6), dtype=np.uint8), affine), tmp_path/'a.nii')
-        assert image_size(tmp_path/'a.nii') == read_image(tmp_path/'a.nii').shape[:2]
+        assert image_size(tmp_path/'a.nii') == read(tmp_path/'a.nii').shape[:2]
     np.save(tmp_path/'flat.npy', np.zeros(5, np.uint8))
     with pytest.raises(ImageError): image_size(tmp_path/'flat.npy')
     with pytest.raises(ImageError) as caught: image_size(DICOM/'reportsi.dcm')

@@ -5,10 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from strip_notebooks.data.formats import ImageError, Limits, image_format, image_size, read_image, write_image
+from strip_notebooks.data.formats import image_format, image_size, read_image, write_image
+from strip_notebooks.data.images import ImageError, Limits, Reading
 
 TABLE = Path(__file__).parent/'formats_outcomes.csv'
 FOLDERS = {p: Path(importlib.util.find_spec(p).origin).parent/f for p,f in dict(pydicom='data', nibabel='tests/data').items()}
+
+
+def read(path, limits=Limits(), **reading):
+    "The picture, the choices of its `Reading` given one by one"
+    return read_image(path, Reading(**reading), limits=limits)
 
 
 def shipped(package):
@@ -19,7 +25,7 @@ def shipped(package):
 
 def outcome(path, **kwargs):
     "Shape and dtype, or the reason of the error"
-    try: a = read_image(path, **kwargs)
+    try: a = read(path, **kwargs)
     except ImageError as e: return e.reason
     return f'{"x".join(map(str, a.shape))} {a.dtype}'
 
@@ -48,7 +54,7 @@ def test_no_patient_is_named_by_an_error(dicom, caplog, capfd):
     import pydicom
     named,everyone = 0, set()
     for n,f in shipped('pydicom').items():
-        try: read_image(f)
+        try: read(f)
         except ImageError as e: text = str(e).replace(str(f), '')
         else: continue
         with warnings.catch_warnings():
@@ -102,7 +108,7 @@ def test_dicom_pixels_by_another_way():
     for (package,n),o in expected_outcomes().items():
         path = FOLDERS[package]/n
         if ' ' not in o or image_format(path) != 'dicom' or (want := independent(path)) is None: continue
-        got = read_image(path)
+        got = read(path)
         np.testing.assert_allclose(got/255. if got.dtype == np.uint8 else got, want, atol=2e-6, err_msg=n)
         checked += 1
     assert checked > 100
@@ -111,13 +117,13 @@ def test_dicom_pixels_by_another_way():
 def test_every_frame(dicom):
     import pydicom
     for n,frames in (('rtdose.dcm', 15), ('SC_rgb_rle_2frame.dcm', 2), ('SC_rgb_rle_16bit_2frame.dcm', 2)):
-        every = read_image(dicom/n, frame='all')
+        every = read(dicom/n, frame='all')
         stored = pydicom.dcmread(dicom/n).pixel_array
         assert len(every) == frames == len(stored)
         for i in (0, 1, frames - 1):
-            np.testing.assert_array_equal(read_image(dicom/n, frame=i), every[i])
+            np.testing.assert_array_equal(read(dicom/n, frame=i), every[i])
             assert np.corrcoef(every[i][..., 0].ravel(), np.atleast_3d(stored[i])[..., 0].ravel())[0, 1] > .999999
-        np.testing.assert_array_equal(read_image(dicom/n, frame=-1), every[-1])
+        np.testing.assert_array_equal(read(dicom/n, frame=-1), every[-1])
         for bad in (frames, -frames - 1, 'first', 1.5): assert outcome(dicom/n, frame=bad) == 'choice'
 
 
@@ -126,7 +132,7 @@ def test_twelve_bit_jpeg_shows_what_lossless_shows(dicom):
     import pydicom
     lossless = pydicom.dcmread(dicom/'JPEG2000.dcm').pixel_array
     for n in ('JPEG-lossy.dcm', 'JPGExtended.dcm'):
-        a = read_image(dicom/n)[..., 0]*4095
+        a = read(dicom/n)[..., 0]*4095
         assert np.corrcoef(a.ravel(), lossless.ravel())[0, 1] > .95, n
         assert abs(a - np.round(a)).max() < 1e-3
 
@@ -139,7 +145,7 @@ def test_dicom_without_a_header(dicom, tmp_path):
         bare = io.BytesIO(); pydicom.dcmwrite(bare, pydicom.Dataset({e.tag: e for e in ds}), implicit_vr=n == 'MR_small_implicit.dcm', little_endian=n != 'MR_small_bigendian.dcm', force_encoding=True)
         (tmp_path/'bare').write_bytes(bare.getvalue())
         assert image_format(tmp_path/'bare') == 'dicom'
-        np.testing.assert_array_equal(read_image(tmp_path/'bare'), read_image(dicom/n))
+        np.testing.assert_array_equal(read(tmp_path/'bare'), read(dicom/n))
 
 
 @pytest.mark.parametrize('function', [None, 'LINEAR', 'LINEAR_EXACT', 'SIGMOID'])
@@ -152,10 +158,10 @@ def test_windows_slopes_and_inversion(dicom, tmp_path, function, slope, photomet
     if function:
         ds.WindowCenter,ds.WindowWidth,ds.VOILUTFunction = str(1000*float(slope)), str(1500*abs(float(slope))), function
     ds.save_as(tmp_path/'ct.dcm')
-    np.testing.assert_allclose(read_image(tmp_path/'ct.dcm'), independent(tmp_path/'ct.dcm'), atol=3e-6)
+    np.testing.assert_allclose(read(tmp_path/'ct.dcm'), independent(tmp_path/'ct.dcm'), atol=3e-6)
     x = ds.pixel_array*float(slope) + 10
     chosen = np.clip((x - 0)/(2000 - 0), 0, 1)
-    np.testing.assert_allclose(read_image(tmp_path/'ct.dcm', window=(0, 2000))[..., 1], 1 - chosen if photometric == 'MONOCHROME1' else chosen, atol=1e-6)
+    np.testing.assert_allclose(read(tmp_path/'ct.dcm', window=(0, 2000))[..., 1], 1 - chosen if photometric == 'MONOCHROME1' else chosen, atol=1e-6)
 
 
 def elements(**values):
@@ -175,8 +181,8 @@ def test_each_frame_of_an_enhanced_file_has_its_own_rescaling_and_window(dicom, 
     ds.save_as(tmp_path/'enhanced.dcm')
     hounsfield = [a - 1024, 2*a - 1024, a]
     for i,x in enumerate(hounsfield):
-        np.testing.assert_allclose(read_image(tmp_path/'enhanced.dcm', frame=i)[..., 0], np.clip((x + 160)/400, 0, 1), atol=1e-6)
-        np.testing.assert_allclose(read_image(tmp_path/'enhanced.dcm', frame='all', window=(-100, 2000))[i, ..., 0], np.clip((x + 100)/2100, 0, 1), atol=1e-6)
+        np.testing.assert_allclose(read(tmp_path/'enhanced.dcm', frame=i)[..., 0], np.clip((x + 160)/400, 0, 1), atol=1e-6)
+        np.testing.assert_allclose(read(tmp_path/'enhanced.dcm', frame='all', window=(-100, 2000))[i, ..., 0], np.clip((x + 100)/2100, 0, 1), atol=1e-6)
 
 
 def test_look_up_tables(dicom, tmp_path):
@@ -190,15 +196,15 @@ def test_look_up_tables(dicom, tmp_path):
     ds.ModalityLUTSequence[0].add_new('LUTData', 'US', falling)
     ds.save_as(tmp_path/'modality.dcm')
     x = np.array(falling)[np.clip(a - 100, 0, 1499)]
-    np.testing.assert_allclose(read_image(tmp_path/'modality.dcm')[..., 0], x/65535, atol=1e-6)
-    np.testing.assert_allclose(read_image(tmp_path/'modality.dcm', window=(57_000, 60_000))[..., 0], np.clip((x - 57_000)/3000, 0, 1), atol=1e-6)
+    np.testing.assert_allclose(read(tmp_path/'modality.dcm')[..., 0], x/65535, atol=1e-6)
+    np.testing.assert_allclose(read(tmp_path/'modality.dcm', window=(57_000, 60_000))[..., 0], np.clip((x - 57_000)/3000, 0, 1), atol=1e-6)
     del ds.ModalityLUTSequence
     ds.RescaleSlope,ds.RescaleIntercept = '1', '-1024'
     ds.VOILUTSequence = [elements(LUTDescriptor=[2000, -900, 12])]
     ds.VOILUTSequence[0].add_new('LUTData', 'US', [i//2 for i in range(2000)])
     ds.WindowCenter,ds.WindowWidth = '5', '6'                            # the table goes first
     ds.save_as(tmp_path/'voi.dcm')
-    np.testing.assert_allclose(read_image(tmp_path/'voi.dcm')[..., 0], np.clip(a - 1024 + 900, 0, 1999)//2/4095, atol=1e-6)
+    np.testing.assert_allclose(read(tmp_path/'voi.dcm')[..., 0], np.clip(a - 1024 + 900, 0, 1999)//2/4095, atol=1e-6)
 
 
 def test_windows_of_no_width_are_as_if_left_out(dicom, tmp_path):
@@ -207,7 +213,7 @@ def test_windows_of_no_width_are_as_if_left_out(dicom, tmp_path):
         ds = pydicom.dcmread(dicom/'CT_small.dcm')
         ds.WindowCenter,ds.WindowWidth = '100', width
         ds.save_as(tmp_path/'a.dcm')
-        np.testing.assert_array_equal(read_image(tmp_path/'a.dcm'), read_image(dicom/'CT_small.dcm'))
+        np.testing.assert_array_equal(read(tmp_path/'a.dcm'), read(dicom/'CT_small.dcm'))
 
 
 # --- NIfTI ---
@@ -225,9 +231,9 @@ def test_nifti_slices_by_another_way():
         if not high > low: low,high = np.nanmin(a), np.nanmax(a)
         for z in (0, a.shape[2] - 1):
             s = np.nan_to_num(np.clip((a[:, ::-1, z].T - low)/(high - low), 0, 1), nan=0)
-            got = read_image(path, slice_=z)[..., 0]
+            got = read(path, slice=z)[..., 0]
             np.testing.assert_allclose(got/255 if got.dtype == np.uint8 else got, a[:, ::-1, z].T/255 if got.dtype == np.uint8 else s, atol=1e-5, err_msg=n)
-        assert outcome(path, slice_=a.shape[2]) == 'choice'
+        assert outcome(path, slice=a.shape[2]) == 'choice'
         checked += 1
     assert checked >= 7
 
@@ -247,12 +253,12 @@ def test_real_slides(real):
     import tifffile
     for path in sorted((real/'slides').iterdir()):
         if path.suffix not in ('.svs', '.tif', '.tiff'): continue
-        a = read_image(path)
+        a = read(path)
         with tifffile.TiffFile(path) as f: want = f.pages[0].asarray()
         assert a.shape[:2] == want.shape[:2] == image_size(path) and a.shape[2] == 3
         if want.ndim == 3 and want.dtype == np.uint8: np.testing.assert_array_equal(a, want[..., :3])
         assert outcome(path, limits=Limits(pixels=1000)) == 'too_large' and outcome(path, frame=1000) == 'choice'
-    svs = read_image(real/'slides'/'cmu_1_small_region.svs')
+    svs = read(real/'slides'/'cmu_1_small_region.svs')
     assert svs.dtype == np.uint8 and 180 < svs.mean() < 245                    # tissue on a bright ground
 
 
@@ -265,11 +271,11 @@ def test_a_window_makes_any_numbers_a_picture(tmp_path):
     np.save(tmp_path/'a.npy', a); tifffile.imwrite(tmp_path/'a.tif', a.astype(np.float32)); tifffile.imwrite(tmp_path/'b.tif', a.astype(np.int16))
     for n in ('a.npy', 'a.tif', 'b.tif'):
         assert outcome(tmp_path/n) in ('range', 'unsupported')
-        np.testing.assert_allclose(read_image(tmp_path/n, window=(0, 1000))[..., 2], np.clip(a/1000, 0, 1), atol=2e-3)
+        np.testing.assert_allclose(read(tmp_path/n, window=(0, 1000))[..., 2], np.clip(a/1000, 0, 1), atol=2e-3)
         assert outcome(tmp_path/n, window=(1, 1)) == outcome(tmp_path/n, window=(2, 1)) == 'choice'
     Image.fromarray(np.array([[0, 1000, 4000]], np.uint16)).save(tmp_path/'a.png')
-    np.testing.assert_allclose(read_image(tmp_path/'a.png', window=(0, 2000))[0, :, 0], [0, .5, 1])
-    np.testing.assert_allclose(read_image(tmp_path/'a.png')[0, :, 0], np.array([0, 1000, 4000])/65535, rtol=1e-6)
+    np.testing.assert_allclose(read(tmp_path/'a.png', window=(0, 2000))[0, :, 0], [0, .5, 1])
+    np.testing.assert_allclose(read(tmp_path/'a.png')[0, :, 0], np.array([0, 1000, 4000])/65535, rtol=1e-6)
 
 
 # --- files made to do harm ---
@@ -309,8 +315,8 @@ def test_headers_that_claim_too_much(tmp_path, suffix):
     path = claiming(tmp_path, suffix, 60_000)
     assert path.stat().st_size < 2**16
     start = time.monotonic()
-    assert outcome(path) in (('damaged',) if suffix == '.npy' else ('too_large',))  # an array is not even opened whose bytes are not there
-    assert outcome(path, limits=Limits(pixels=100)) in ('too_large', 'damaged')
+    assert outcome(path) in (('corrupt',) if suffix == '.npy' else ('too_large',))  # an array is not even opened whose bytes are not there
+    assert outcome(path, limits=Limits(pixels=100)) in ('too_large', 'corrupt')
     assert time.monotonic() - start < 5
 
 
@@ -390,13 +396,13 @@ def samples(tmp_path, dicom):
 def test_a_cut_file_is_refused_or_whole(tmp_path, dicom):
     "Cut anywhere, a file is never read as another picture"
     for path in samples(tmp_path, dicom):
-        whole,picture,refused = path.read_bytes(), read_image(path), 0
+        whole,picture,refused = path.read_bytes(), read(path), 0
         suffix = ''.join(path.suffixes)
         for share in (.01, .1, .3, .5, .7, .9, .97):
             cut = tmp_path/f'cut{suffix}'
             cut.write_bytes(whole[:int(len(whole)*share)])
-            try: got = read_image(cut)
-            except ImageError as e: refused += 1; assert e.reason in ('damaged', 'not_an_image', 'no_pixels', 'empty'), (path.name, share, e.reason); continue
+            try: got = read(cut)
+            except ImageError as e: refused += 1; assert e.reason in ('corrupt', 'not_an_image', 'no_pixels', 'empty'), (path.name, share, e.reason); continue
             np.testing.assert_array_equal(got, picture, err_msg=f'{path.name} {share}')
         assert refused >= 6, path.name
 
@@ -406,9 +412,9 @@ def test_flipped_bytes_give_a_picture_or_an_image_error(tmp_path, dicom, caplog,
     for path in samples(tmp_path, dicom):
         whole = path.read_bytes()
         for _ in range(25):
-            damaged = bytearray(whole)
-            for k in rng.integers(0, min(len(whole), 800), 4): damaged[k] = rng.integers(256)
-            (tmp_path/('flipped' + ''.join(path.suffixes))).write_bytes(damaged)
+            corrupt = bytearray(whole)
+            for k in rng.integers(0, min(len(whole), 800), 4): corrupt[k] = rng.integers(256)
+            (tmp_path/('flipped' + ''.join(path.suffixes))).write_bytes(corrupt)
             outcome(tmp_path/('flipped' + ''.join(path.suffixes)), limits=Limits(pixels=10**6))      # raises nothing but an ImageError
     assert not caplog.records and capsys.readouterr() == ('', '')
 
@@ -420,26 +426,26 @@ def test_strips_that_are_not_listed(tmp_path):
     with tifffile.TiffFile(tmp_path/'a.tif') as f: tags = [f.pages[0].tags[t].offset for t in ('StripOffsets', 'StripByteCounts')]
     for at in tags: b[at + 4:at + 8] = struct.pack('<I', 1)                            # one strip of four
     (tmp_path/'a.tif').write_bytes(b)
-    assert outcome(tmp_path/'a.tif') == 'damaged'
+    assert outcome(tmp_path/'a.tif') == 'corrupt'
 
 
 def test_a_packed_picture_is_named(tmp_path):
     (tmp_path/'a.png.gz').write_bytes(gzip.compress(png(2, 1, b'\0' + bytes(6))))
-    with pytest.raises(ImageError, match='gunzip') as caught: read_image(tmp_path/'a.png.gz')
+    with pytest.raises(ImageError, match='gunzip') as caught: read(tmp_path/'a.png.gz')
     assert caught.value.reason == 'unsupported'
 
 
 def test_a_large_header_is_not_called_an_object(tmp_path):
     head = b"{'descr': '|u1', 'fortran_order': False, 'shape': (3, 3)}" + b' '*50_000
     (tmp_path/'a.npy').write_bytes(b'\x93NUMPY\x02\0' + struct.pack('<I', len(head)) + head + bytes(9))
-    assert outcome(tmp_path/'a.npy') == 'damaged'
+    assert outcome(tmp_path/'a.npy') == 'corrupt'
 
 
 def test_a_file_that_may_not_be_read(tmp_path):
     (tmp_path/'closed').mkdir(mode=0o755)
     for p in (tmp_path/'a.png', tmp_path/'closed'/'a.png'): write_image(p, np.zeros((4, 4, 3), np.uint8))
     (tmp_path/'a.png').chmod(0); (tmp_path/'closed').chmod(0)
-    code = ("import os, sys; from strip_notebooks.data.formats import *\nif not os.getuid(): os.setuid(65534)\n"
+    code = ("import os, sys; from strip_notebooks.data.formats import *; from strip_notebooks.data.images import *\nif not os.getuid(): os.setuid(65534)\n"
             "for p in sys.argv[1:]:\n    try: read_image(p)\n    except ImageError as e: print(e.reason, 'ask for the right' in str(e))")
     for folder in (tmp_path, *tmp_path.parents[:2]): folder.chmod(0o755)
     try: done = subprocess.run([sys.executable, '-c', code, tmp_path/'a.png', tmp_path/'closed'/'a.png'], capture_output=True, text=True)

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import StripError, content_hash, nearest, parallel_map, write_csv
-from .formats import ImageError, image_format, image_suffixes, is_image_file, read_image, to_uint8
+from .formats import image_format, read_image
+from .images import ImageError, image_suffixes, is_image_file, to_uint8
 
 # %% ../../nbs/140_data.cohort.ipynb #cd3348c6
 def plural(n, noun): return f'{n:,} {noun}' + ('' if n == 1 else 's')

@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import StripError, content_hash, cpu_count, file_hash, nearest, parallel_map, progress, read_json, write_json
-from .formats import ImageError, read_image, to_uint8
+from .formats import read_image
+from .images import ImageError, to_uint8
 
 # %% ../../nbs/170_data.preprocess.ipynb #3412ab66
 class PreprocessError(StripError):
