@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .core import StripError, progress, write_json
+from .core import StripError, write_json
+from .processes import progress
 from .data.formats import read_image
 from .data.images import to_uint8
 from .data.preprocess import Preprocessing

@@ -67,7 +67,7 @@ def runs_command(
     args,   # The parsed words after `clot runs`
 )->None:
     "List all runs, or compare two training runs by their test predictions"
-    from strip_notebooks.core import list_runs
+    from strip_notebooks.runs import list_runs
     if not args.compare:
         runs = list_runs(args.runs)
         for row in runs.to_dict('records'): print(f"{row['run']:34} {row['state']:11} {_found(row)}".rstrip())

@@ -10,7 +10,8 @@ __all__ = ['ExperimentError', 'experiment_paths', 'experiment_path', 'experiment
 import ast, contextlib, io, logging, os, tempfile, tokenize, uuid
 from pathlib import Path
 
-from .core import Run, StripError, nearest, new_run, list_runs, now, workspace, write_json
+from .core import StripError, nearest, write_json
+from .runs import Run, new_run, list_runs, now, workspace
 
 # %% ../nbs/900_experiments.ipynb #33600f3e
 class ExperimentError(StripError):

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import Run, StripError, read_json, write_text
+from .core import StripError, read_json, write_text
+from .runs import Run
 from .statistics import Estimate
 
 # %% ../nbs/950_report.ipynb #c9d9ba95

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from strip_notebooks.core import Run, list_runs
+from strip_notebooks.runs import Run, list_runs
 from strip_notebooks.predictions import load_predictions
 
 CLOT = [str(Path(sys.executable).parent/'clot')]

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from strip_notebooks.core import WorkerError, parallel_map, read_json
+from strip_notebooks.core import read_json
+from strip_notebooks.processes import WorkerError, parallel_map
 from strip_notebooks.data.augment import policy, policy_names
 from strip_notebooks.data.formats import ImageError, write_image
 from strip_notebooks.data.loading import CohortImages, make_loader
@@ -154,7 +155,7 @@ def test_an_end_from_outside_leaves_no_process_behind(tmp_path, sent, times):
 
 
 def test_a_script_without_a_main_part_is_told(tmp_path):
-    (tmp_path/'script.py').write_text("from strip_notebooks.core import parallel_map\nprint(list(parallel_map(abs, range(9), workers=2)))\n")
+    (tmp_path/'script.py').write_text("from strip_notebooks.processes import parallel_map\nprint(list(parallel_map(abs, range(9), workers=2)))\n")
     done = subprocess.run([sys.executable, tmp_path/'script.py'], capture_output=True, text=True, timeout=60)
     assert done.returncode and "below `if __name__ == '__main__':`" in done.stderr.strip().splitlines()[-1]
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import StripError, content_hash, nearest, parallel_map, write_csv
+from ..core import StripError, content_hash, nearest, write_csv
+from ..processes import parallel_map
 from .formats import image_format, read_image
 from .images import ImageError, image_suffixes, is_image_file, to_uint8
 

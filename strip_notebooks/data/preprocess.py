@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import StripError, content_hash, cpu_count, file_hash, nearest, parallel_map, progress, read_json, write_json
+from ..core import StripError, content_hash, file_hash, nearest, read_json, write_json
+from ..processes import cpu_count, parallel_map, progress
 from .formats import read_image
 from .images import ImageError, to_uint8
 

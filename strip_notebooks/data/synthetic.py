@@ -22,7 +22,8 @@ import numpy as np
 import pandas as pd
 import cv2
 
-from ..core import StripError, atomic_path, derive_seed, nearest, parallel_map, read_json, write_csv, write_json
+from ..core import StripError, atomic_path, derive_seed, nearest, read_json, write_csv, write_json
+from ..processes import parallel_map
 from .cohort import save_cohort
 from .formats import write_image
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import progress
+from ..processes import progress
 from ..predictions import check_predictions, save_predictions
 from ..splits import fold_split
 from .loop import TrainConfig, train

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from ..bundle import check_cache, class_probabilities, load_bundle, predict_cohort, save_bundle
-from ..core import atomic_path, content_hash, cpu_count, derive_seed, file_hash, nearest, progress_style, seed_everything, write_csv
+from ..core import atomic_path, content_hash, derive_seed, file_hash, nearest, seed_everything, write_csv
+from ..processes import cpu_count, progress_style
 from ..data.augment import mix_batch, policy, policy_names
 from ..data.loading import CohortImages, make_loader
 from ..models import create_model, model_summary, training_mode, unfreeze
