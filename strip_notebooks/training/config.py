@@ -10,7 +10,8 @@ from typing import Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..core import StripError, cpu_count, nearest
+from ..core import StripError, nearest
+from ..processes import cpu_count
 
 # %% ../../nbs/405_training.config.ipynb #f1290e33
 class SettingsError(StripError):
