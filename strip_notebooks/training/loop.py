@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..bundle import check_cache, class_probabilities, load_bundle, predict_cohort, save_bundle
+from ..bundle import check_cache, class_probabilities, load_bundle, predict_cohort, save_bundle, torch_parts
 from ..core import atomic_path, content_hash, derive_seed, file_hash, nearest, seed_everything, write_csv
 from ..processes import cpu_count, progress_style
 from ..data.augment import mix_batch, policy, policy_names
@@ -195,7 +195,7 @@ def validate(
     for batch in loader:
         with fabric.autocast(): logits.append(model(normalise(fabric.to_device(batch['image']))).float())
         rows.append(batch['row'])
-    p = class_probabilities(torch.cat(logits))
+    p = class_probabilities(torch.cat(logits).cpu().numpy())
     if not np.isfinite(p).all():
         raise TrainingError('The model answers with values that are not numbers. '
                             'The last good checkpoint is kept; start anew with a lower learning rate (lr).')
@@ -461,10 +461,9 @@ def finish(
     about = dict(images=len(part), patients={c: int(patients[c]) for c in classes}, centers=int(part.center_id.nunique()),
                  epoch=int(best.epoch), precision=trainer.precision, device=trainer.device, weighted_log_loss=float(best.weighted_log_loss),
                  auc=float(best.auc), training=trainer.fingerprint(), config=asdict(config))
-    prior = float(trainer.prior[-1]) if len(classes) == 2 else trainer.prior.tolist()
-    save_bundle(folder/'bundle', model, dict(arch=config.arch, n_classes=len(classes), in_channels=3, dropout=config.dropout,
-                classes=classes, positive=classes[-1], preprocessing=trainer.preprocessing, prior=prior, threshold=None,
-                calibration=None, trained_on=about))
+    spec,files = torch_parts(model, config.arch, dropout=config.dropout, classes=classes, positive=classes[-1], prior=trainer.prior.tolist(),
+                             preprocessing=trainer.preprocessing, threshold=.5, trained_on=about)
+    save_bundle(folder/'bundle', spec, files)
     predictions = predict_cohort(load_bundle(folder/'bundle', trainer.device), trainer.cohort, trainer.cache, config.batch_size)
     write_csv(folder/'history.csv', history)
     save_predictions(folder/'predictions.csv', predictions)
