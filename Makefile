@@ -1,7 +1,7 @@
 # make demo   install everything into .venv and run the main job on the embedded cohort
 # make test   install everything and run every test
 # make docs   build the documentation site into _docs
-# make lock   resolve the bounds of settings.ini anew into constraints.txt (needs uv)
+# make lock   resolve the bounds of settings.ini again into constraints.txt (needs uv)
 # make clean  remove .venv and what was built
 
 PYTHON ?= python3
@@ -34,7 +34,7 @@ test: $(READY)
 	$(PY) -m pytest
 
 docs: $(READY)
-	$(VENV)/bin/strip-docs
+	$(PY) tools/build_site.py
 
 lock:
 	$(if $(UV),,$(error make lock needs uv))

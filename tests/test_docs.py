@@ -9,6 +9,11 @@ import pytest
 import yaml
 
 root = Path(__file__).resolve().parents[1]
+tools = root/'tools'
+sys.path.insert(0, str(tools))
+import build_site, pages as page_tools, quarto_filter, readme
+from strip_notebooks.core import StripError, write_json, write_text
+
 pages = yaml.safe_load((root/'_quarto.yml').read_text())['project']['render']
 
 def smalldocs(task, folder):
@@ -22,7 +27,7 @@ def staged(tmp_path_factory, worker_id):
     with open(folder.with_suffix('.lock'), 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder/'index.html').exists():      # the last file that is written
-            subprocess.run([sys.executable, '-c', f'from strip_notebooks.docs import stage_site; stage_site({str(folder)!r})'], cwd=root, check=True)
+            subprocess.run([sys.executable, '-c', f'import sys; sys.path.insert(0, {str(tools)!r}); from build_site import stage_site; stage_site({str(folder)!r})'], cwd=root, check=True)
     return folder
 
 @pytest.fixture(scope='session')
@@ -100,11 +105,142 @@ def test_pages_hold_no_housekeeping_and_no_placeholder_address(site):
     for path in site.glob('nbs/**/*.html'):
         found = Page(path)
         assert not [l for l in found.links if l.startswith(host)], path.name
-        for word in ('default_exp', 'nbdev_export('): assert word not in path.read_text() or path.name == '960_docs.html', (path.name, word)
+        assert 'default_exp' not in path.read_text(), path.name
+
+# --- the filter that Quarto calls
+
+def sources(page): return [''.join(c['source']) for c in page['cells']]
+
+def run_filter(page):
+    "The page of a notebook as Quarto gets it: the filter is called in the notebook's own folder, with a path relative to it"
+    folder = (root/page).parent
+    command = [sys.executable, os.path.relpath(tools/'quarto_filter.py', folder)]
+    return json.loads(subprocess.run(command, cwd=folder, input=(root/page).read_bytes(), capture_output=True, check=True).stdout)
+
+def test_quarto_is_given_the_filter():
+    "Quarto makes a path of `_quarto.yml` relative to the notebook where such a file exists"
+    (filter,) = yaml.safe_load((root/'_quarto.yml').read_text())['format']['html']['ipynb-filters']
+    assert (root/filter).samefile(tools/'quarto_filter.py')
 
 def test_the_filter_gives_the_page_that_is_staged(staged):
-    "Quarto calls the filter in the notebook's own folder"
     for page in [pages[0], next(p for p in pages if '/guides/' in p)]:
-        filtered = subprocess.run([Path(sys.executable).with_name('strip-docs-filter')], cwd=(root/page).parent, capture_output=True, check=True, input=(root/page).read_bytes())
-        sources = [[''.join(c['source']) for c in json.loads(text)['cells']] for text in (filtered.stdout, (staged/page).read_text())]
-        assert sources[0] == sources[1]
+        assert sources(run_filter(page)) == sources(json.loads((staged/page).read_text()))
+
+def test_the_filter_looks_up_a_prepared_page_without_importing_the_library(tmp_path):
+    "However the JSON of the notebook is laid out; another notebook is not taken for it"
+    notebook = json.loads((root/pages[0]).read_text())
+    write_json(tmp_path/f"{quarto_filter.page_key(notebook, '')}.json", dict(cells=[], prepared=True))
+    script = ('import json, sys; from pathlib import Path; import quarto_filter as q; q.prepared = Path(sys.argv[1]); q.main(); '
+              'sys.exit("strip_notebooks" in sys.modules or "nbdev" in sys.modules)')
+    text = json.dumps({**notebook, 'cells': [{**c, 'source': ''.join(c['source'])} for c in notebook['cells']]}, indent=3)
+    done = subprocess.run([sys.executable, '-c', script, tmp_path], cwd=root/'nbs', input=text, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(tools)})
+    assert (done.returncode, json.loads(done.stdout)) == (0, dict(cells=[], prepared=True)), done.stderr
+    other = {**notebook, 'cells': notebook['cells'][:-1]}
+    assert quarto_filter.page_key(other, '') != quarto_filter.page_key(notebook, '') != quarto_filter.page_key(notebook, 'guides')
+
+def test_the_folder_of_a_page():
+    assert [quarto_filter.page_folder(f) for f in (root/'nbs', root/'nbs'/'guides', root)] == ['', 'guides', '']
+
+# --- one page
+
+def text_of(page): return '\n'.join(sources(page) + [''.join(o.get('data', {}).get('text/markdown', '')) for c in page['cells'] for o in c.get('outputs', [])])
+
+def linked(prose, folder=''):
+    "A line of Markdown as a page in `folder` shows it"
+    cell = dict(cell_type='markdown', metadata={}, source=prose)
+    return sources(page_tools.page_notebook(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5), folder))[-1]
+
+@pytest.fixture
+def here(monkeypatch): monkeypatch.chdir(root)
+
+def test_names_of_pages(tmp_path):
+    for name in ('index.ipynb', '000_core.ipynb', '130_data.formats.ipynb', 'guides/quickstart.ipynb'): write_text(tmp_path/name, '{}')
+    assert page_tools.page_names(tmp_path) == {'core.html': '000_core.html', 'data.formats.html': '130_data.formats.html',
+                                               'guides/quickstart.html': 'guides/quickstart.html', 'index.html': 'index.html'}
+
+def test_links_are_relative(here):
+    "From any folder; addresses of other sites are unchanged"
+    link, names = '[`derive_seed`](https://example.org/core.html#derive_seed)', {'core.html': '000_core.html'}
+    assert page_tools.relative_links(link, '', names) == '[`derive_seed`](000_core.html#derive_seed)'
+    assert page_tools.relative_links(link, 'guides', names) == '[`derive_seed`](../000_core.html#derive_seed)'
+    elsewhere = '[`Path`](https://docs.python.org/3/library/pathlib.html)'
+    assert page_tools.relative_links(elsewhere, '', names) == elsewhere
+
+def test_a_name_in_prose_is_linked(here):
+    assert linked('see `derive_seed`') == 'see [`derive_seed`](000_core.html#derive_seed)'
+    assert linked('see `derive_seed`', 'guides') == 'see [`derive_seed`](../000_core.html#derive_seed)'
+    assert linked('no `such_name_anywhere`') == 'no `such_name_anywhere`'
+
+def test_a_page_shows_signatures_in_order_and_folds_the_source(here, tmp_path):
+    "Two definitions in one cell come in the order of the code; an error's `*args, **kwargs` is left out"
+    page = page_tools.page_notebook(json.loads((root/'nbs'/'000_core.ipynb').read_text()))
+    module = (root/'strip_notebooks'/'core.py').read_text()
+    shown = [s.split('show_doc(')[1].rsplit(')')[0] for s in sources(page) if 'show_doc(' in s]
+    assert len(shown) > 5 and shown == sorted(shown, key=lambda name: re.search(rf'^(?:class|def) {re.escape(name)}\b', module, flags=re.MULTILINE).start())
+    assert sources(page)[0].startswith('---') and 'output-file' not in sources(page)[0]
+    folded = [s for s in sources(page) if 'code-fold: true' in s]
+    assert any('class StripError' in s for s in folded) and any('def nearest' in s for s in folded)
+    assert '### StripError' in text_of(page) and 'def StripError' not in text_of(page) and 'def nearest' in text_of(page)
+
+# --- the whole site, on a project of two notebooks
+
+@pytest.fixture
+def toy(tmp_path):
+    "A project with a home page and a guide"
+    write_page(tmp_path, 'index.ipynb', '# Toy\n\n> Two pages.', 'Next: [the other](guides/other.ipynb).')
+    write_page(tmp_path, 'guides/other.ipynb', '# Other', 'Back to [the first](../index.ipynb), whose seeds come from `derive_seed`.')
+    shutil.copy(root/'settings.ini', tmp_path)
+    project = {'type': 'website', 'output-dir': '_docs', 'render': ['nbs/index.ipynb', 'nbs/guides/other.ipynb']}
+    html = {'toc': True, 'ipynb-filters': ['tools/quarto_filter.py']}
+    write_text(tmp_path/'_quarto.yml', yaml.safe_dump(dict(project=project, execute=dict(enabled=False), format=dict(html=html))))
+    return tmp_path
+
+def write_page(folder, name, *texts):
+    "A notebook of Markdown cells"
+    kernel = dict(kernelspec=dict(name='python3', language='python', display_name='python3'))
+    cells = [dict(cell_type='markdown', id=f'cell{i}', metadata={}, source=t) for i, t in enumerate(texts)]
+    write_json(folder/'nbs'/name, dict(nbformat=4, nbformat_minor=5, metadata=kernel, cells=cells))
+
+def build(folder):
+    "`make docs` on a machine without Quarto"
+    path = os.pathsep.join(p for p in os.environ['PATH'].split(os.pathsep) if not (Path(p)/'quarto').exists())
+    return subprocess.run([sys.executable, tools/'build_site.py'], cwd=folder, capture_output=True, text=True, env={**os.environ, 'PATH': path})
+
+def test_a_site_is_built(toy):
+    done = build(toy)
+    assert done.returncode == 0, done.stderr
+    assert 'href="guides/other.html"' in (toy/'_docs'/'nbs'/'index.html').read_text()
+    assert 'url=nbs/index.html' in (toy/'_docs'/'index.html').read_text()
+    assert (toy/'README.md').read_text().splitlines()[1:] == ['# Toy', '', '> Two pages.', '', 'Next: [the other](nbs/guides/other.ipynb).']
+    assert not (toy/'_proc').exists()
+
+def test_a_broken_link_ends_the_build(toy):
+    write_page(toy, 'index.ipynb', '# Toy\n\n> Two pages.', 'Next: [nowhere](guides/nowhere.ipynb).')
+    done = build(toy)
+    assert done.returncode == 1 and 'broken link guides/nowhere.ipynb' in done.stderr and 'Traceback' not in done.stderr
+    assert not (toy/'_docs').exists() and not (toy/'_proc').exists()
+
+def test_a_page_that_does_not_exist_ends_the_build(toy):
+    (toy/'nbs'/'guides'/'other.ipynb').unlink()
+    done = build(toy)
+    assert done.returncode == 1 and 'nbs/guides/other.ipynb, which does not exist' in done.stderr and 'Traceback' not in done.stderr
+
+def test_a_folder_without_a_site_is_refused(tmp_path):
+    with pytest.raises(StripError, match='has no _quarto.yml'): build_site.build_site(tmp_path)
+    with pytest.raises(StripError, match='failed'): build_site.run_tool('smalldocs', 'check', '.', folder=tmp_path)
+
+# --- the README
+
+def test_links_of_the_readme():
+    given = '[a](000_core.html#derive_seed) [b](guides/quickstart.ipynb) [c](https://quarto.org/a.html) ![d](a.png)'
+    assert readme.repository_links(given, 'nbs') == '[a](nbs/000_core.ipynb) [b](nbs/guides/quickstart.ipynb) [c](https://quarto.org/a.html) ![d](a.png)'
+
+def test_pictures_of_the_readme_are_described():
+    assert readme.described_pictures('![png](a.png) text', ['a.png'], ['A clot']) == '![A clot](a.png) text'
+    with pytest.raises(StripError, match='fig-alt'): readme.described_pictures('![png](a.png)', ['a.png'], [])
+
+def test_the_readme_begins_with_the_title_and_shows_its_pictures(here, tmp_path):
+    text = readme.write_readme(tmp_path).read_text()
+    assert text.splitlines()[1].startswith('# ') and '#|' not in text and '.html' not in re.sub(r'https?:\S+', '', text)
+    pictures = re.findall(r'!\[[^]]+\]\((.*?)\)', text)
+    assert pictures and all((tmp_path/p).read_bytes()[1:4] == b'PNG' for p in pictures)
