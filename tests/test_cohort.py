@@ -116,7 +116,7 @@ def test_a_file_that_kills_its_reader_is_set_aside(tmp_path, monkeypatch, capfd)
     for i in range(6): draw(tmp_path/'CE'/f'p{i}'/'a.png', i, side=8)
     monkeypatch.setattr('strip_notebooks.data.cohort._measure', measure_or_die)
     good,bad = quarantine(cohort_from_folder(tmp_path), workers=2)
-    assert good.patient_id.tolist() == ['p0', 'p1', 'p3', 'p4', 'p5'] and bad[['patient_id', 'reason']].values.tolist() == [['p2', 'killed']]
+    assert good.patient_id.tolist() == ['p0', 'p1', 'p3', 'p4', 'p5'] and bad[['patient_id', 'reason']].values.tolist() == [['p2', 'crashed']]
     assert 'p2/a.png' in bad.message[0] and 'leave it out' in bad.message[0]
 
 

@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 from strip_notebooks.core import read_json
-from strip_notebooks.processes import WorkerError, parallel_map
 from strip_notebooks.data.augment import policy, policy_names
 from strip_notebooks.data.formats import ImageError, write_image
 from strip_notebooks.data.loading import CohortImages, make_loader
@@ -106,58 +105,6 @@ def test_a_file_that_has_gone_is_named(tmp_path):
     for r in (2, 4): os.remove(cohort.path[r])
     with pytest.raises(ImageError, match=r'002.png: 2 of 6 files cannot be opened any more.*quarantine') as caught: build_cache(cohort, SETTINGS, tmp_path/'cache')
     assert caught.value.reason == 'missing' and not (tmp_path/'cache').exists()
-
-
-# --- many files at once ---
-
-def work(item):
-    "What a worker does: note that it did, and now and then an accident"
-    folder,i,accident = item
-    if i == 3 and accident == 'once' and not os.path.exists(f'{folder}/killed'): open(f'{folder}/killed', 'w').close(); os.kill(os.getpid(), signal.SIGKILL)
-    if i == 3 and accident == 'always': os.kill(os.getpid(), signal.SIGKILL)
-    if accident == 'slow': time.sleep(.2)
-    open(f'{folder}/done{i}', 'w').close()
-    return i
-
-
-def test_a_process_that_is_killed_costs_nothing(tmp_path):
-    def items(accident): return [(str(tmp_path), i, accident) for i in range(9)]
-    assert list(parallel_map(work, items('once'), workers=2)) == list(range(9))             # as when the memory ran out
-    assert list(parallel_map(work, items('always'), workers=2, killed=lambda item: -1)) == [0, 1, 2, -1, 4, 5, 6, 7, 8]
-    kept = []
-    with pytest.raises(WorkerError, match='killed twice'):
-        for i in parallel_map(work, items('always'), workers=2): kept.append(i)
-    assert kept == [0, 1, 2]
-
-
-MAP = ("import sys; sys.path.insert(0, sys.argv[1]); from test_data_pipeline import parallel_map, work\n"
-       "for i in parallel_map(work, [(sys.argv[2], i, 'slow') for i in range(200)], workers=2): pass")
-
-
-def alive(group):
-    "The processes of a group that run"
-    listed = subprocess.run(['ps', '-eo', 'pid,pgid,stat'], capture_output=True, text=True).stdout.splitlines()[1:]
-    return [l for l in listed if l.split()[1] == str(group) and l.split()[2][0] != 'Z']
-
-
-@pytest.mark.parametrize('sent,times', [(signal.SIGINT, 1), (signal.SIGINT, 3), (signal.SIGKILL, 1)])
-def test_an_end_from_outside_leaves_no_process_behind(tmp_path, sent, times):
-    "Ctrl-C, also of the impatient, reaches a whole group of processes; a kill only the one that started the others"
-    child = start(MAP, os.path.dirname(__file__), tmp_path, start_new_session=True)
-    try:
-        assert wait_for(lambda: len(list(tmp_path.iterdir())) > 3)
-        for _ in range(times): (os.killpg if sent == signal.SIGINT else os.kill)(child.pid, sent); time.sleep(.002)
-        printed = child.communicate(timeout=30)[1]
-        assert wait_for(lambda: not alive(child.pid), 20) and len(list(tmp_path.iterdir())) < 150
-        if sent == signal.SIGINT: assert child.returncode not in (0, None) and 'KeyboardInterrupt' in printed and 'spawn_main' not in printed, printed
-    finally:
-        if alive(child.pid): os.killpg(child.pid, signal.SIGKILL)
-
-
-def test_a_script_without_a_main_part_is_told(tmp_path):
-    (tmp_path/'script.py').write_text("from strip_notebooks.processes import parallel_map\nprint(list(parallel_map(abs, range(9), workers=2)))\n")
-    done = subprocess.run([sys.executable, tmp_path/'script.py'], capture_output=True, text=True, timeout=60)
-    assert done.returncode and "below `if __name__ == '__main__':`" in done.stderr.strip().splitlines()[-1]
 
 
 def test_a_file_is_whole_whenever_its_writer_is_killed(tmp_path):

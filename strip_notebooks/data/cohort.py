@@ -370,10 +370,9 @@ def _measure(path):
     return dict(reason='', message='', format=kind, height=image.shape[0], width=image.shape[1], brightness=means.mean(), contrast=((spreads**2 + means**2).mean() - means.mean()**2)**.5,
                 red=means[0], green=means[1], blue=means[2], hash=str(imagehash.phash(small, hash_size=16)))
 
-def _killed(path):
+def _killed(path, how):
     "What is to be known of an image that ended the process that read it"
-    return dict(reason='killed', message=f'{path}: the process that read it was killed, twice: '
-                                         'it needs more memory than there is, or is hostile; leave it out.')
+    return dict(reason=how, message=f'{path}: the process that read it ended ({how}); it is corrupt or hostile; leave it out.')
 
 # %% ../../nbs/140_data.cohort.ipynb #3346b781
 _measured = {}      # A file's name and state -> what `_measure` found

@@ -218,8 +218,7 @@ def _fill(folder, preprocessing, job):
     images[row] = pixels
     done[row] = 1 if stained else 2
 
-def _killed(job): return ImageError(job[1], 'killed', 'the process that read it was killed, twice: '
-                                                      'it needs more memory than there is, or is hostile.')
+def _killed(job, how): return ImageError(job[1], how, 'the process that read it ended; it is corrupt or hostile.')
 
 # %% ../../nbs/170_data.preprocess.ipynb #6cb1d3e1
 def _cache_key(cohort, preprocessing):
