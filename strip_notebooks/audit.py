@@ -15,7 +15,7 @@ import pandas as pd
 
 from .core import derive_seed
 from .data.checks import near_duplicates, perceptual_hashes
-from .data.cohort import measure_images
+from .data.measure import measure_images
 from .splits import SplitError, assert_disjoint, patient_table, split_names
 from .statistics import Estimate, auc, interval
 

@@ -1,13 +1,16 @@
 "A cohort from folders and tables as people really keep them, and a quarantine that loses nothing"
-import os, struct, subprocess, sys, tracemalloc, warnings, zlib
+import os, shutil, struct, subprocess, sys, tempfile, tracemalloc, warnings, zlib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from strip_notebooks.data.checks import hash_distances, near_duplicates, perceptual_hashes, validate
-from strip_notebooks.data.cohort import CohortError, CohortWarning, check_cohort, cohort_from_csv, cohort_from_folder, cohort_from_frame, load_cohort, measure_images, quarantine, read_cohort, save_cohort
-from strip_notebooks.data.cohort import _measure as real_measure
+from strip_notebooks.data.checks import hash_distances, near_duplicates, validate
+from strip_notebooks.data.cohort import (CohortError, CohortWarning, check_cohort, cohort_from_csv, cohort_from_folder, cohort_from_frame, hide, identity_table,
+    load_cohort, load_salt, patient_table, read_cohort, reveal, save_cohort)
+from strip_notebooks.data.measure import measure_images, quarantine
+from strip_notebooks.data.measure import _measure as real_measure
 from strip_notebooks.data.formats import write_image
 
 IDS = ['000123', '1e5123', 'NA', 'nan', 'True', '12.0', 'None', '0x1F', '-7']
@@ -66,7 +69,7 @@ BROKEN = {  # name of the way: ending, how to break the file at a path, the reas
 }
 
 
-def test_twenty_broken_images_in_ten_ways_are_set_aside_and_nothing_else(tmp_path):
+def test_twenty_broken_images_in_ten_ways_are_quarantined_and_nothing_else(tmp_path):
     folder,expected = tmp_path/'cohort',{}
     for i in range(180): draw(folder/('LAA' if i % 4 == 0 else 'CE')/f'p{i//2*2:03d}{"a" if i % 4 == 0 else "b"}'/f'{i:03d}.png', i, side=8)
     for j,(way,(ending,damage,reason)) in enumerate(BROKEN.items()):
@@ -87,7 +90,7 @@ def test_twenty_broken_images_in_ten_ways_are_set_aside_and_nothing_else(tmp_pat
     pd.testing.assert_frame_equal(alone[0], good); pd.testing.assert_frame_equal(alone[1], bad)
 
 
-def test_missing_files_of_a_table_are_set_aside(tmp_path):
+def test_missing_files_of_a_table_are_quarantined(tmp_path):
     draw(tmp_path/'train'/'a.png'); draw(tmp_path/'train'/'b.png')
     (tmp_path/'train.csv').write_text('image_id,patient_id,label,center_id\na,1,CE,1\nb,2,LAA,1\nc,3,LAA,1\n')
     good,bad = quarantine(read_cohort(tmp_path/'train.csv'))
@@ -99,37 +102,44 @@ def test_quarantine_works_in_a_script(tmp_path):
     for i in range(60): draw(tmp_path/'data'/'CE'/f'p{i}'/'a.png', i, side=8)
     (tmp_path/'data'/'CE'/'p7'/'a.png').write_bytes(b'')
     script = tmp_path/'script.py'
-    script.write_text("import sys\nfrom strip_notebooks.data.cohort import read_cohort, quarantine\n"
+    script.write_text("import sys\nfrom strip_notebooks.data.cohort import read_cohort\nfrom strip_notebooks.data.measure import quarantine\n"
                       "if __name__ == '__main__':\n    good,bad = quarantine(read_cohort(sys.argv[1]), workers=2)\n    print(len(good), bad.patient_id.tolist())\n")
     done = subprocess.run([sys.executable, script, tmp_path/'data'], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "59 ['p7']"
 
 
-def measure_or_die(path):
-    "What a decoder does that a damaged file takes down with it"
-    if path.endswith('p2/a.png'): os.abort()
-    return real_measure(path)
+def measure_or_die(item):
+    "What a decoder does that a corrupt file takes down with it"
+    if item[0].endswith('p2/a.png'): os.abort()
+    return real_measure(item)
 
 
-def test_a_file_that_kills_its_reader_is_set_aside(tmp_path, monkeypatch, capfd):
+def test_a_file_that_kills_its_reader_is_quarantined(tmp_path, monkeypatch, capfd):
     for i in range(6): draw(tmp_path/'CE'/f'p{i}'/'a.png', i, side=8)
-    monkeypatch.setattr('strip_notebooks.data.cohort._measure', measure_or_die)
+    monkeypatch.setattr('strip_notebooks.data.measure._measure', measure_or_die)
     good,bad = quarantine(cohort_from_folder(tmp_path), workers=2)
     assert good.patient_id.tolist() == ['p0', 'p1', 'p3', 'p4', 'p5'] and bad[['patient_id', 'reason']].values.tolist() == [['p2', 'crashed']]
     assert 'p2/a.png' in bad.message[0] and 'leave it out' in bad.message[0]
 
 
+def measure_and_note(item):
+    "Measure an image, and leave a line beside the cohort"
+    with open(Path(item[0]).parents[2]/'read.txt', 'a') as f: f.write(item[0] + '\n')
+    return real_measure(item)
+
+
 def test_images_are_read_once_until_they_change(tmp_path, monkeypatch):
     for i in range(4): draw(tmp_path/'CE'/f'p{i}'/'a.png', i)
-    cohort,read = cohort_from_folder(tmp_path),[]
-    monkeypatch.setattr('strip_notebooks.data.cohort._measure', lambda path: read.append(path) or real_measure(path))
+    cohort = cohort_from_folder(tmp_path)
+    monkeypatch.setattr('strip_notebooks.data.measure._measure', measure_and_note)
+    def read(): return (tmp_path/'read.txt').read_text().split()
     first = measure_images(cohort)
     good,_ = quarantine(cohort)
-    assert validate(good, measure_images(good)).images[0] == 0 and len(perceptual_hashes(good.assign(image_id=list('abcd')))) == len(read) == 4
+    assert len(measure_images(good).hash) == 4 and sorted(read()) == sorted(cohort.path)
     draw(tmp_path/'CE'/'p1'/'a.png', 99); os.remove(tmp_path/'CE'/'p2'/'a.png')
     second = measure_images(cohort)
-    assert read[4:] == [cohort.path[1], cohort.path[2]] and second.reason.tolist() == ['', '', 'missing', '']
+    assert set(read()[4:]) <= {cohort.path[1], cohort.path[2]} and cohort.path[1] in read()[4:] and second.reason.tolist() == ['', '', 'missing', '']
     assert (second.hash == first.hash).tolist() == [True, False, False, True]
 
 
@@ -248,7 +258,7 @@ def test_rows_of_another_length_are_refused(tmp_path, rows, why):
 
 def test_columns_twice_and_cells_that_are_empty(tmp_path):
     (tmp_path/'t.csv').write_text('image_id,label,patient_id,path,label \na,CE,1,a.png,LAA\n')
-    with pytest.raises(CohortError, match="two columns 'label'"): read_cohort(tmp_path/'t.csv')
+    with pytest.raises(CohortError, match='Columns 2 and 5 have the same name'): read_cohort(tmp_path/'t.csv')
     (tmp_path/'t.csv').write_text('image_id,label,patient_id,path,center_id\na,CE,1,a.png,\nb,LAA,2,,3\n')
     with pytest.raises(CohortError, match='Row 1 has no path'): read_cohort(tmp_path/'t.csv')
     (tmp_path/'t.csv').write_text('image_id,label,patient_id,path,center_id\na,CE,1,a.png,\nb,LAA,2,b.png,3\n')
@@ -285,9 +295,9 @@ def test_stray_hidden_and_nested_files(tmp_path):
 
 def test_folders_that_are_no_cohort(tmp_path):
     with pytest.raises(CohortError, match='No images'): cohort_from_folder(tmp_path)
-    with pytest.raises(CohortError, match='no folder'): cohort_from_folder(tmp_path/'none')
+    with pytest.raises(CohortError, match='not a folder'): cohort_from_folder(tmp_path/'none')
     draw(tmp_path/'CE'/'p1'/'a.png'); draw(tmp_path/'LAA'/'loose.png')
-    with pytest.raises(CohortError, match='1 of .* images in .* lie without a folder of a patient') as error: cohort_from_folder(tmp_path)
+    with pytest.raises(CohortError, match='1 of .* images in .* without a folder of a patient') as error: cohort_from_folder(tmp_path)
     assert 'loose' not in str(error.value)
 
 
@@ -309,8 +319,130 @@ def test_links(tmp_path):
     assert good.image_id.tolist() == ['p1/a.png', 'p1/d.png', 'p2/a.png', 'p3/x.png']
     assert list(zip(bad.image_id, bad.reason)) == [('p1/b.png', 'not_a_file'), ('p1/c.png', 'not_a_file')]
     (data/'LAA'/'p4').symlink_to(tmp_path/'gone')
-    with pytest.raises(CohortError, match='p4 is a link that leads nowhere'): cohort_from_folder(data)
+    with pytest.raises(CohortError, match='1 broken link .* in place of the folder') as caught: cohort_from_folder(data)
+    assert 'p4' not in str(caught.value)
 
+
+# --- names of patients stay inside ---
+
+@pytest.mark.parametrize('text', ['DOE^JANE,7,CE,1\nROE^RICHARD,8,LAA,1\n', 'DOE^JANE,DOE^JANE,CE\nROE,ROE,LAA\n', 'DOE^JANE\n7\n'])
+@pytest.mark.parametrize('columns', [{}, dict(image_id='Slide')])
+def test_a_table_without_a_header_is_not_quoted(tmp_path, text, columns):
+    (tmp_path/'t.csv').write_text(text)
+    with pytest.raises(CohortError) as caught: cohort_from_csv(tmp_path/'t.csv', columns=columns)
+    assert 'DOE' not in str(caught.value)
+    with pytest.raises(CohortError) as caught: load_cohort(tmp_path/'t.csv')
+    assert 'DOE' not in str(caught.value)
+
+
+def as_nobody(action):
+    "What an action prints or raises in a process without root's rights, to which nothing is forbidden"
+    read,write = os.pipe()
+    if not (child := os.fork()):
+        try:
+            if not os.geteuid(): os.setuid(65534)
+            message = str(action())
+        except Exception as e: message = f'{type(e).__name__}: {e}'
+        os.write(write, message.encode()); os._exit(0)
+    os.close(write)
+    with open(read) as f: message = f.read()
+    os.waitpid(child, 0)
+    return message
+
+
+def test_a_folder_that_cannot_be_listed_is_not_named():
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)
+        draw(folder/'CE'/'DOE^JANE'/'a.png'); draw(folder/'LAA'/'p2'/'a.png')
+        (folder/'CE'/'DOE^JANE').chmod(0)
+        message = as_nobody(lambda: cohort_from_folder(folder))
+        assert message.startswith('CohortError: A folder in') and 'cannot be listed' in message and 'DOE' not in message
+    finally:
+        (folder/'CE'/'DOE^JANE').chmod(0o700); shutil.rmtree(folder)
+
+
+def test_centers_that_hold_names_are_numbered_outside(tmp_path):
+    names = [f'DOE^{i}' for i in range(6)] + ['North']*3
+    with pytest.warns(CohortWarning, match='More than half of the centers have one patient'): cohort = check_cohort(table(center_id=names))
+    identities = identity_table(cohort, load_salt(tmp_path))
+    hidden = hide(cohort, identities)
+    assert not any('DOE' in str(v) or 'North' in str(v) for v in hidden.center_id) and hidden.center_id.nunique() == 7
+    assert hidden.center_id[6:].nunique() == 1 and identities.original_center_id.tolist() == names
+    pd.testing.assert_frame_equal(reveal(hidden, identities), cohort)
+    hospitals = check_cohort(table(center_id=list('112222222')))
+    assert hide(hospitals, identity_table(hospitals, 'key')).center_id.tolist() == list('112222222')
+
+
+def test_saved_cohorts_are_private_and_no_spreadsheet_runs_them(tmp_path):
+    formula = ['=HYPERLINK("http://x")', '+1+cmd', '-2+3', '@SUM(A1)', '\tx', "'=1", '-7', 'plain', '']
+    cohort = check_cohort(table(note=pd.Series(formula, dtype=object), image_id=['=1+1', *IDS[1:]]))
+    save_cohort(tmp_path/'cohort.csv', cohort)
+    assert (tmp_path/'cohort.csv').stat().st_mode & 0o777 == 0o600
+    import csv
+    with open(tmp_path/'cohort.csv', newline='') as f: cells = [c for line in csv.reader(f) for c in line]
+    assert not any(c[:1] in ('=', '+', '@', '\t') or c[:2] == '-2' for c in cells)
+    pd.testing.assert_frame_equal(load_cohort(tmp_path/'cohort.csv'), cohort)
+
+
+def test_a_pipe_and_a_nul_byte_are_errors(tmp_path):
+    "A pipe would block for ever; so this runs in a process with a limit"
+    os.mkfifo(tmp_path/'t.csv')
+    code = 'import sys; from strip_notebooks.data.cohort import *\ntry: read_cohort(sys.argv[1])\nexcept CohortError as e: print(e)'
+    done = subprocess.run([sys.executable, '-c', code, tmp_path/'t.csv'], capture_output=True, text=True, timeout=60)
+    assert 'not a regular file' in done.stdout, done.stderr
+    (tmp_path/'nul.csv').write_text('image_id,patient_id,label,path\na,1,CE,a\0.png\n')
+    with pytest.raises(CohortError, match='NUL byte in line 2'): read_cohort(tmp_path/'nul.csv')
+    os.mkfifo(tmp_path/'a.png')
+    (tmp_path/'rows.csv').write_text('image_id,patient_id,label,path\na,1,CE,a.png\n')
+    code = ('import sys; from strip_notebooks.data.cohort import *; from strip_notebooks.data.measure import quarantine\n'
+            'print(quarantine(read_cohort(sys.argv[1]), workers=1)[1].reason.tolist())')
+    done = subprocess.run([sys.executable, '-c', code, tmp_path/'rows.csv'], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "['not_a_file']", done.stderr
+
+
+def test_paths_that_lead_outside_are_counted(tmp_path):
+    draw(tmp_path/'data'/'a.png'); draw(tmp_path/'b.png')
+    (tmp_path/'data'/'t.csv').write_text('image_id,patient_id,label,path\na,1,CE,a.png\nb,2,LAA,../b.png\nc,3,LAA,/etc/hostname\n')
+    with pytest.warns(CohortWarning, match='2 paths of 3 in t.csv outside its folder') as caught: read_cohort(tmp_path/'data'/'t.csv')
+    assert not any('hostname' in str(w.message) for w in caught)
+
+
+# --- without labels, with frames and slices, with splits ---
+
+def test_a_cohort_without_labels(tmp_path):
+    draw(tmp_path/'t'/'a.png'); draw(tmp_path/'t'/'b.png')
+    for header,rows in [('image_id,patient_id', ['a,1', 'b,2']), ('image_id,patient_id,label', ['a,1,', 'b,2,'])]:
+        (tmp_path/'t.csv').write_text('\n'.join([header, *rows]))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', CohortWarning)
+            cohort = read_cohort(tmp_path/'t.csv')
+        assert list(cohort) == ['image_id', 'patient_id', 'center_id', 'path'] and list(patient_table(cohort)) == ['patient_id', 'center_id', 'n_images']
+        save_cohort(tmp_path/'saved.csv', cohort)
+        pd.testing.assert_frame_equal(load_cohort(tmp_path/'saved.csv'), cohort)
+        good,bad = quarantine(cohort, workers=1)
+        assert len(good) == 2 and not len(bad) and 'label' not in bad
+        with pytest.raises(CohortError, match="no column 'label'"): check_cohort(cohort)
+    with pytest.raises(CohortError, match='Row 4 has no label'): check_cohort(table(label=['CE']*4 + [None] + ['CE']*4), labeled=False)
+
+
+def test_splits_are_checked_in_one_place():
+    split = ['train']*5 + ['val']*2 + ['test']*2
+    assert check_cohort(table(split=split), split=True).split.tolist() == split
+    for change,why in [(dict(split=[None] + split[1:]), 'Row 0 has no valid split'), (dict(split=['train']*7 + ['val']*2), 'The split test has no patients'),
+                       (dict(split=split, patient_id=['DOE']*2 + IDS[2:6] + ['DOE'] + IDS[7:], label='CE'), '1 patient in more than one split')]:
+        with pytest.raises(CohortError, match=why) as caught: check_cohort(table(**change), split=True)
+        assert 'DOE' not in str(caught.value)
+    with pytest.raises(CohortError, match='no column split'): check_cohort(table(), split=True)
+
+
+def test_frames_and_slices_come_back(tmp_path):
+    cohort = check_cohort(table(frame=[0, -1, None, '2', '', 3, 4, 5, 6], slice=['largest', 'middle', 7, '8', None, '', 1, 2, 3]))
+    save_cohort(tmp_path/'cohort.csv', cohort)
+    back = load_cohort(tmp_path/'cohort.csv')
+    assert back.frame.tolist() == cohort.frame.tolist() == [0, -1, None, 2, None, 3, 4, 5, 6]
+    assert back['slice'].tolist() == ['largest', 'middle', 7, 8, None, None, 1, 2, 3]
+    with pytest.raises(CohortError, match='The frame of row 1 is not a whole number'): check_cohort(table(frame=[0, 1.5] + [0]*7))
 
 # --- real images, near-duplicates, imports ---
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import class_colors
-from .cohort import measure_images
+from .measure import measure_images
 
 # %% ../../nbs/150_data.checks.ipynb #4f292c4e
 def perceptual_hashes(
