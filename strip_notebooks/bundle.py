@@ -48,7 +48,7 @@ class ClassifierSpec(BaseModel):
     preprocessing:dict                              # From `Preprocessing`
     prior:list[float]|None                          # Share of each class as the loss saw it, or unknown
     threshold:float = Field(ge=0, le=1)             # Classified as positive at or above this probability
-    rule:Literal['youden', 'sensitivity', 'fixed'] = 'fixed'    # How the threshold was chosen; 'fixed' is without a rule
+    rule:Literal['youden', 'sensitivity', 'fixed'] = 'fixed'    # How the threshold was chosen; 'fixed': by hand
     target:float|None = Field(None, gt=0, le=1)     # For 'sensitivity': the sensitivity to reach
     how:Literal['mean', 'vote', 'max'] = 'mean'     # Aggregation to patients that the threshold was chosen for
     calibration:Calibration|None = None             # None uses the logits as they are
@@ -56,11 +56,12 @@ class ClassifierSpec(BaseModel):
 
     @model_validator(mode='after')
     def _agree(self):
-        if len(set(self.classes)) != len(self.classes): raise ValueError(f'the classes {self.classes} are not all different')
+        if len(set(self.classes)) != len(self.classes): raise ValueError('the classes are not all different')
         if self.positive not in self.classes:
             raise ValueError(f'the positive class {self.positive!r} is none of the classes {self.classes}')
-        if self.prior is not None and (len(self.prior) != len(self.classes) or not all(0 <= p <= 1 for p in self.prior)):
-            raise ValueError(f'the prior {self.prior} does not hold one share from 0 to 1 for each of the classes {self.classes}')
+        shares = [p for p in self.prior or [] if 0 <= p <= 1]
+        if self.prior is not None and not len(shares) == len(self.prior) == len(self.classes):
+            raise ValueError('the prior does not hold one share from 0 to 1 for each class')
         return self
 
 # %% ../nbs/310_bundle.ipynb #86da903f
@@ -79,10 +80,12 @@ def check_spec(
     kind:str='image_classifier',    # Kind of bundle
 )->dict:                            # The same with all fields, as JSON can hold it
     "A valid specification; a `BundleError` that names each wrong field if it is not"
-    if kind not in bundle_kinds: raise BundleError(f'The bundle is of kind {kind!r}, which is unknown here{nearest(kind, bundle_kinds)}')
+    if kind not in bundle_kinds:
+        raise BundleError(f'The bundle is of kind {kind!r}, which is unknown here{nearest(kind, bundle_kinds)}')
     if is_dataclass(spec.get('preprocessing')): spec = {**spec, 'preprocessing': asdict(spec['preprocessing'])}
     try: return bundle_kinds[kind].model_validate(json.loads(json.dumps(spec))).model_dump()
-    except ValidationError as e: raise BundleError("The bundle's specification is wrong: " + _sentence(e)) from None
+    except ValidationError as e:
+        raise BundleError("The bundle's specification is wrong: " + _sentence(e)) from None
 
 def _sentence(error):
     "The findings of pydantic in one sentence, without the values"
@@ -92,7 +95,8 @@ def _sentence(error):
 # %% ../nbs/310_bundle.ipynb #9b0bbcde
 def _digest(body):
     "SHA-256 of a JSON value, whatever the order of its keys"
-    return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode(errors='surrogatepass')).hexdigest()
+    text = json.dumps(body, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()
 
 # %% ../nbs/310_bundle.ipynb #9126c073
 bundle_version = 2
@@ -102,21 +106,24 @@ def _seal(spec, files, kind, runtime, parent):
     "The content of bundle.json for a checked specification and the bytes of the files"
     for name in files:
         if not _file_name.fullmatch(name) or name == 'bundle.json':
-            raise BundleError(f'{name!r} cannot be the name of a file in a bundle; use letters, digits, dot, dash and underscore.')
-    about = {n: dict(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for n,data in sorted(files.items())}
-    body = dict(format='strip-bundle', version=bundle_version, kind=kind, runtime=runtime, spec=spec, files=about, parent=parent)
+            raise BundleError(f'{name!r} cannot be the name of a file in a bundle; '
+                              'use letters, digits, dot, dash and underscore.')
+    listed = {n: dict(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for n,data in sorted(files.items())}
+    body = dict(format='strip-bundle', version=bundle_version, kind=kind, runtime=runtime, spec=spec, files=listed,
+                parent=parent)
     return {**body, 'sha256': _digest(body)}
 
 # %% ../nbs/310_bundle.ipynb #1c379fd7
 def _make_room(folder, names):
-    "Remove from `folder` an earlier bundle, or what an interrupted writing of one left; a `BundleError` if it holds anything else"
+    "Remove an earlier bundle, or what an interrupted writing left; a `BundleError` if `folder` holds anything else"
     if folder.is_symlink() or folder.exists() and not folder.is_dir():
         raise BundleError(f'{folder} is not a folder, so no bundle is written there; give another place.')
     folder.mkdir(parents=True, exist_ok=True)
     found = [p for p in folder.iterdir()]
     ours = {'bundle.json', *names, *_old_names(folder/'bundle.json')}
-    if foreign := [p for p in found if re.sub(r'^\.[0-9a-f]{8}-', '', p.name) not in ours]:
-        raise BundleError(f'{folder} holds {plural(len(foreign), "file")} of something else, so it is not replaced; give another folder.')
+    if others := [p for p in found if re.sub(r'^\.[0-9a-f]{8}-', '', p.name) not in ours]:
+        raise BundleError(f'{folder} holds {plural(len(others), "file")} of something else, '
+                          'so it is not replaced; give another folder.')
     for p in sorted(found, key=lambda p: p.name != 'bundle.json'): p.unlink()       # bundle.json first
 
 def _old_names(path):
@@ -157,7 +164,8 @@ def register_runtime(
 def _runtime(name, spec, files, device):
     "The runtime of a bundle, loaded"
     if name not in bundle_runtimes:
-        raise BundleError(f'The bundle needs the runtime {name!r}, which is not registered; import the module that provides it'
+        raise BundleError(f'The bundle needs the runtime {name!r}, which is not registered; '
+                          'import the module that provides it'
                           f'{nearest(name, bundle_runtimes)}')
     return bundle_runtimes[name](spec, files, device)
 
@@ -167,7 +175,8 @@ def spec_preprocessing(
 )->Preprocessing:
     "The preprocessing that a specification describes; a `BundleError` if there is no such preprocessing here"
     try: return Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k,v in spec['preprocessing'].items()})
-    except (TypeError, ValueError, StripError) as e: raise BundleError(f"The bundle's preprocessing cannot be used here: {e}") from e
+    except (TypeError, ValueError, StripError) as e:
+        raise BundleError(f"The bundle's preprocessing cannot be used here: {e}") from e
 
 # %% ../nbs/310_bundle.ipynb #1afc85b5
 def torch_parts(
@@ -185,19 +194,23 @@ def _tensors(files):
     "The tensors of the file with the weights; a `BundleError` if there are none"
     from safetensors import SafetensorError
     from safetensors.torch import load
-    if 'weights.safetensors' not in files: raise BundleError('The bundle has no file weights.safetensors, which the runtime torch needs.')
+    if 'weights.safetensors' not in files:
+        raise BundleError('The bundle has no file weights.safetensors, which the runtime torch needs.')
     try: return load(files['weights.safetensors'])
-    except (SafetensorError, ValueError, RuntimeError) as e: raise BundleError(f'The file weights.safetensors is not safetensors: {e}.') from None
+    except (SafetensorError, ValueError, RuntimeError) as e:
+        raise BundleError(f'The file weights.safetensors is not safetensors: {e}.') from None
 
 def _fill(model, weights, arch):
     "Load `weights` into `model`; a `BundleError` unless every tensor fits and is finite"
     own = model.state_dict()
     wrong = sorted(set(own) ^ set(weights)) + [n for n in own if n in weights and own[n].shape != weights[n].shape]
     if wrong:
-        raise BundleError(f"The weights do not belong to {arch}: {len(wrong)} tensors are missing, unknown or of another shape, "
+        raise BundleError(f"The weights do not belong to {arch}: {len(wrong)} tensors are missing, "
+                          "unknown or of another shape, "
                           f"such as {', '.join(wrong[:3])}.")
     if not all(w.isfinite().all() for w in weights.values()):
-        raise BundleError('The weights hold values that are not finite; the training that wrote them had failed. Train again.')
+        raise BundleError('The weights hold values that are not finite; '
+                          'the training that wrote them had failed. Train again.')
     model.load_state_dict(weights)
     return model
 
@@ -211,13 +224,12 @@ class TorchRuntime:
     ):
         import torch
         from strip_notebooks.models import ModelError, create_model
-        self.preprocessing = spec_preprocessing(spec)
-        self.device = device
+        self.preprocessing,self.device = spec_preprocessing(spec), device
         try: model = create_model(spec['arch'], len(spec['classes']), spec['in_channels'], spec['dropout'])
         except ModelError as e: raise BundleError(str(e)) from e
         model = _fill(model, _tensors(files), spec['arch'])
         try: self.model = model.to(device, memory_format=torch.channels_last).eval()
-        except (RuntimeError, AssertionError) as e: raise BundleError(f'The device {device!r} cannot be used here: {e}') from e
+        except (RuntimeError, AssertionError) as e: raise BundleError(f'Device {device!r} cannot be used: {e}') from e
 
     def batch(self, pixels):
         "uint8 pixels (N, S, S, 3) as the network takes them: normalized, (N, 3, S, S) float32, on the device"
@@ -237,9 +249,11 @@ json_bytes = 1_000_000      # A bundle.json is a few kilobytes
 
 def _parse(path):
     "The content of a bundle.json, which may be anything"
-    if not path.is_file() or path.is_symlink(): raise BundleError(f'{path.parent} is not a bundle: it holds no file bundle.json.')
+    if not path.is_file() or path.is_symlink():
+        raise BundleError(f'{path.parent} is not a bundle: it holds no file bundle.json.')
     if path.stat().st_size > json_bytes:
-        raise BundleError(f'{path} has {path.stat().st_size:,} bytes; a bundle.json has at most {json_bytes:,}, so it is corrupt.')
+        raise BundleError(f'{path} has {path.stat().st_size:,} bytes; '
+                          f'a bundle.json has at most {json_bytes:,}, so it is corrupt.')
     try: body = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as e:
         raise BundleError(f'{path} is not readable JSON ({type(e).__name__}): it is corrupt.') from None
@@ -251,9 +265,11 @@ def _parse(path):
 def _read_json(path):
     "The checked content of bundle.json"
     body = _parse(path)
-    if body.get('version') == 1: raise BundleError(f'{path} is of version 1, which is no longer read; train again.')
+    if body.get('version') == 1:
+        raise BundleError(f'{path} is of version 1, which is no longer read; train again.')
     if body.get('version') != bundle_version:
-        raise BundleError(f"{path} is of version {body.get('version')!r}, and this library reads version {bundle_version}; "
+        raise BundleError(f"{path} is of version {body.get('version')!r}, "
+                          f"and this library reads version {bundle_version}; "
                           "use the library that wrote it.")
     types = dict(kind=str, runtime=str, spec=dict, files=dict, parent=str, sha256=str)
     if wrong := [k for k,t in types.items() if not isinstance(body.get(k), t)]:
@@ -270,7 +286,8 @@ def _read_file(folder, name, about):
     path = folder/name
     if not path.is_file() or path.is_symlink(): raise BundleError(f'{path} is missing, or only a link.')
     if path.stat().st_size != about.get('bytes'):
-        raise BundleError(f"{path} has {path.stat().st_size:,} bytes, and {about.get('bytes')} were written: it is truncated or corrupt.")
+        raise BundleError(f"{path} has {path.stat().st_size:,} bytes, and {about.get('bytes')} were written: "
+                          "it is truncated or corrupt.")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != about.get('sha256'):
         raise BundleError(f'{path} was changed after it was written: its hash does not match.')
@@ -311,7 +328,8 @@ def prior(self:Bundle)->float|None: # 0 to 1, or None where it is not known
 @patch(as_prop=True)
 def model(self:Bundle):
     "The PyTorch model; a `BundleError` with another runtime"
-    if not hasattr(self.engine, 'model'): raise BundleError(f'A bundle with the runtime {self.runtime!r} has no PyTorch model.')
+    if not hasattr(self.engine, 'model'):
+        raise BundleError(f'A bundle with the runtime {self.runtime!r} has no PyTorch model.')
     return self.engine.model
 
 # %% ../nbs/310_bundle.ipynb #09713bc3
@@ -331,9 +349,10 @@ def load_bundle(
     folder,             # A bundle's folder
     device:str='cpu',   # 'cpu', 'cuda', 'cuda:1', 'mps'
 )->Bundle:
-    "Read a bundle after checking that it is complete; a `BundleError` says what is wrong with which file or folder"
+    "Read a bundle after checking that it is complete; a `BundleError` names the file or folder that is wrong"
     folder = Path(folder)
-    if not folder.is_dir(): raise BundleError(f'{folder} does not exist or is not a folder; give the folder of a bundle.')
+    if not folder.is_dir():
+        raise BundleError(f'{folder} does not exist or is not a folder; give the folder of a bundle.')
     body = _read_json(folder/'bundle.json')
     files = {n: _read_file(folder, n, about) for n,about in body['files'].items()}
     try: bundle = make_bundle(body['spec'], files, body['runtime'], device, body['kind'])
@@ -358,7 +377,8 @@ def batch(self:Bundle,
 ):          # What the network takes, on its device
     "The input of the network for some pixels"
     if getattr(pixels, 'dtype', None) != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
-        raise BundleError('Pixels must be an array of uint8 of shape (N, S, S, 3), as `Preprocessing.pixels` makes them.')
+        raise BundleError('Pixels must be an array of uint8 of shape (N, S, S, 3), '
+                          'as `Preprocessing.pixels` makes them.')
     return self.engine.batch(pixels)
 
 @patch
@@ -384,7 +404,8 @@ def _check_image(i, image):
     "A `BundleError` unless image number `i` is what `read_image` gives"
     kind,shape = getattr(image, 'dtype', type(image).__name__), getattr(image, 'shape', ())
     if kind not in (np.uint8, np.float32) or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-        raise BundleError(f'Image {i} is {kind} of shape {shape}; it must be uint8 or float32 (0 to 1) of shape (H, W, 3), see `read_image`.')
+        raise BundleError(f'Image {i} is {kind} of shape {shape}; it must be uint8 or float32 (0 to 1) of '
+                          'shape (H, W, 3), see `read_image`.')
 
 @patch
 def predict(self:Bundle,
@@ -394,7 +415,8 @@ def predict(self:Bundle,
     "The calibrated probabilities for images as they were read, through the bundle's own preprocessing"
     images = list(images)
     for i,image in enumerate(images): _check_image(i, image)
-    out = [self.probabilities(np.stack([self.preprocessing.pixels(image) for image in some])) for some in chunked(images, batch_size)]
+    batches = (np.stack([self.preprocessing.pixels(image) for image in some]) for some in chunked(images, batch_size))
+    out = [self.probabilities(pixels, batch_size) for pixels in batches]
     return np.concatenate(out) if out else np.zeros((0, len(self.classes)))
 
 # %% ../nbs/310_bundle.ipynb #aec5f0ae
@@ -412,22 +434,26 @@ def derive_bundle(
     folder,             # Where the new bundle will be
     files:dict|None=None, # File name -> bytes; None takes the parent's files
     runtime:str='',     # Runtime for the new files; empty takes the parent's
-    **changes,          # Fields of the specification, such as threshold=.3, rule='youden' or calibration=dict(temperature=2.)
+    **changes,          # Fields of the specification, such as threshold=.3 or calibration=dict(temperature=2.)
 )->Path:                # The folder
     "Write a bundle that differs from another in some respects, and records its hash as `parent`"
-    if bundle.folder is None: raise BundleError('A bundle that was never saved cannot be a parent; save it and load it first.')
-    if Path(folder).resolve() == bundle.folder.resolve(): raise BundleError('A derived bundle needs a folder of its own.')
+    if bundle.folder is None:
+        raise BundleError('A bundle that was never saved cannot be a parent; save it and load it first.')
+    if Path(folder).resolve() == bundle.folder.resolve():
+        raise BundleError('A derived bundle needs a folder of its own.')
     if files is None: files = {n: _read_file(bundle.folder, n, about) for n,about in bundle.files.items()}
-    return save_bundle(folder, _changed(bundle.spec, changes), files, runtime or bundle.runtime, bundle.kind, bundle.sha256)
+    spec = _changed(bundle.spec, changes)
+    return save_bundle(folder, spec, files, runtime or bundle.runtime, bundle.kind, bundle.sha256)
 
 # %% ../nbs/310_bundle.ipynb #9e39d51c
 def check_cache(
     cache,              # From `build_cache`
-    preprocessing,      # What its pixels should have gone through
+    preprocessing,      # How its pixels should have been preprocessed
 )->None:
     "Raise a `BundleError` if the pixels of a cache were preprocessed in another way"
     if any(getattr(cache.preprocessing, k) != getattr(preprocessing, k) for k in ('size', 'fit', 'stain', 'clahe')):
-        raise BundleError('The cache was built with another preprocessing than the one needed here; build it again with this one.')
+        raise BundleError('The cache was built with another preprocessing than the one needed here; '
+                          'build it again with this one.')
 
 # %% ../nbs/310_bundle.ipynb #a07eeeb1
 def _read_pixels(preprocessing, path):
@@ -453,6 +479,7 @@ def predict_cohort(
 )->pd.DataFrame:            # Predictions, one row per image
     "The calibrated probabilities for every image of a cohort"
     if cache is not None: check_cache(cache, bundle.preprocessing)
-    batches = _cache_pixels(cache, cohort, batch_size) if cache is not None else _file_pixels(bundle, cohort, batch_size)
-    p = [bundle.probabilities(pixels, batch_size) for pixels in batches]
-    return make_predictions(cohort, np.concatenate(p) if p else np.zeros((0, len(bundle.classes))), bundle.classes)
+    if cache is None: batches = _file_pixels(bundle, cohort, batch_size)
+    else: batches = _cache_pixels(cache, cohort, batch_size)
+    p = [np.zeros((0, len(bundle.classes))), *(bundle.probabilities(pixels, batch_size) for pixels in batches)]
+    return make_predictions(cohort, np.concatenate(p), bundle.classes)

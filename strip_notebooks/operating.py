@@ -33,7 +33,8 @@ def check_rule(
     target:float,   # For 'sensitivity': the sensitivity to reach, above 0, at most 1
 )->None:
     "Raise a `StripError` for a rule that does not exist or a target that no threshold can reach"
-    if rule not in threshold_rules: raise StripError(f'rule={rule!r} is unknown{nearest(rule, threshold_rules)}')
+    if rule not in threshold_rules:
+        raise StripError(f'rule={rule!r} is unknown{nearest(rule, threshold_rules)}')
     if not 0 < target <= 1: raise StripError(f'target={target} must be above 0 and at most 1.')
 
 # %% ../nbs/035_operating.ipynb #8a87ce7d
@@ -47,7 +48,8 @@ def pick_threshold(
     check_rule(rule, target)
     y = np.asarray(y)
     p = np.asarray(p, float)
-    if np.isnan(p).any(): raise StripError(f'{np.isnan(p).sum()} probabilities are NaN; no threshold can be chosen on them.')
+    if np.isnan(p).any():
+        raise StripError(f'{np.isnan(p).sum()} probabilities are NaN; no threshold can be chosen on them.')
     if len(y) == 0 or y.min() == y.max():
         raise StripError('A threshold needs patients of both classes in the validation set; use a larger one.')
     thresholds,sensitivity,specificity = threshold_rates(y, p)
@@ -66,6 +68,7 @@ def choose_threshold(
 )->float:                       # Classified as positive at or above this probability, 0 to 1
     "The threshold that a rule chooses on patients; a `StripError` if there are test patients among them"
     if 'split' in predictions and 'test' in set(predictions.split):
-        raise StripError('A threshold must not be chosen on test patients; use the predictions of the validation set.')
+        raise StripError('A threshold must not be chosen on test patients; '
+                         'use the predictions of the validation set.')
     patients = aggregate_patients(predictions, how)
     return pick_threshold(*patient_arrays(patients, positive), rule, target)

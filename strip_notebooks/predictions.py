@@ -25,7 +25,8 @@ def classes_of(
     "The classes that `predictions` has probabilities for; a `PredictionsError` if there are fewer than two"
     classes = sorted(c[2:] for c in predictions.columns if str(c).startswith('p_'))
     if len(classes) >= 2: return classes
-    raise PredictionsError(f'Predictions need one column p_CLASS for each of at least two classes, and there are {len(classes)}.')
+    raise PredictionsError('Predictions need one column p_CLASS for each of at least two classes, '
+                           f'and there are {len(classes)}.')
 
 # %% ../nbs/020_predictions.ipynb #967a4104
 def positive_class(
@@ -47,11 +48,15 @@ def _gaps(column):
 def _check_ids(predictions, labeled):
     "`PredictionsError` unless each row has a patient and, if `labeled`, a label"
     if labeled and 'label' not in predictions:
-        raise PredictionsError('The predictions have no labels, and metrics need to know what is true; add a column label.')
+        raise PredictionsError('The predictions have no labels, and metrics need to know what is true; '
+                               'add a column label.')
     for c in [c for c in ('patient_id', 'label') if c == 'patient_id' or c in predictions]:
-        if c not in predictions: raise PredictionsError(f'The predictions have no column {c!r}{nearest(c, predictions.columns)}')
+        if c not in predictions:
+            raise PredictionsError(f'The predictions have no column {c!r}{nearest(c, predictions.columns)}')
         gaps = _gaps(predictions[c])
-        if gaps.any(): raise PredictionsError(f'{plural(gaps.sum(), "row")} without {c}, the first is row {gaps.argmax()}.')
+        if gaps.any():
+            raise PredictionsError(f'{plural(gaps.sum(), "row")} without {c}, '
+                                   f'the first is row {gaps.argmax()}.')
 
 # %% ../nbs/020_predictions.ipynb #5ed1f584
 def _check_probabilities(predictions):
@@ -61,7 +66,8 @@ def _check_probabilities(predictions):
     valid = np.isfinite(p) & (p >= 0) & (p <= 1)
     bad = ~(valid.all(1) & (abs(p.sum(1) - 1) < 1e-4))
     if bad.any():
-        raise PredictionsError(f"{plural(bad.sum(), 'row')} without probabilities from 0 to 1 that sum to 1 in {listing(columns)}, "
+        raise PredictionsError(f"{plural(bad.sum(), 'row')} without probabilities from 0 to 1 that sum to 1 "
+                               f"in {listing(columns)}, "
                                f"the first is row {bad.argmax()}. Are they logits?")
 
 # %% ../nbs/020_predictions.ipynb #f65f0b05
@@ -72,11 +78,13 @@ def _check_unique(predictions):
     key = [c for c in ('image_id', 'fold', 'repeat') if c in predictions]
     double = predictions.duplicated(key).to_numpy() if 'image_id' in key else np.zeros(1, bool)
     if double.any():
-        raise PredictionsError(f'{plural(double.sum(), "image")} more than once in the predictions, the first again at row {double.argmax()}.')
+        raise PredictionsError(f'{plural(double.sum(), "image")} more than once in the predictions, '
+                               f'the first again at row {double.argmax()}.')
     for c in [c for c in ('label', 'split') if c in predictions]:
         of = _patient_keys(predictions) if c == 'label' else 'patient_id'
         mixed = (predictions.groupby(of)[c].nunique() > 1).sum()
-        if mixed: raise PredictionsError(f'{plural(mixed, "patient")} with more than one {c}; a patient has one.')
+        if mixed:
+            raise PredictionsError(f'{plural(mixed, "patient")} with more than one {c}; a patient has one.')
 
 # %% ../nbs/020_predictions.ipynb #239581eb
 def check_predictions(
@@ -84,7 +92,8 @@ def check_predictions(
     labeled:bool=False,         # Whether every row must have a label, as metrics need it
 )->pd.DataFrame:                # The same table, ids and labels as text; without `label` if it is empty
     "`predictions`, valid; a `PredictionsError` that names the column and row if not"
-    if not labeled and 'label' in predictions and _gaps(predictions.label).all(): predictions = predictions.drop(columns='label')
+    empty = 'label' in predictions and _gaps(predictions.label).all()
+    if empty and not labeled: predictions = predictions.drop(columns='label')
     _check_ids(predictions, labeled)
     ids = [c for c in ('image_id', 'patient_id', 'center_id', 'label', 'split') if c in predictions]
     predictions = predictions.assign(**{c: predictions[c].astype(str) for c in ids})
@@ -92,7 +101,8 @@ def check_predictions(
     if 'label' in predictions:
         strange = ~predictions.label.isin(classes_of(predictions)).to_numpy()
         if strange.any():
-            raise PredictionsError(f'{plural(strange.sum(), "row")} with a label that has no probability column, the first is row '
+            raise PredictionsError(f'{plural(strange.sum(), "row")} with a label that has no probability '
+                                   'column, the first is row '
                                    f'{strange.argmax()}; the classes are {listing(classes_of(predictions))}.')
     _check_unique(predictions)
     return predictions
@@ -108,7 +118,8 @@ def make_predictions(
     p = np.asarray(probabilities, float)
     shape = (len(cohort), len(classes))
     if p.shape != shape:
-        raise PredictionsError(f'{plural(len(cohort), "image")} and {len(classes)} classes need probabilities of the shape {shape}, not {p.shape}.')
+        raise PredictionsError(f'{plural(len(cohort), "image")} and {plural(len(classes), "class")} need probabilities '
+                               f'of the shape {shape}, not {p.shape}.')
     ids = [c for c in ('image_id', 'patient_id', 'center_id', 'label', 'split') if c in cohort]
     order = np.argsort(classes)
     table = cohort[ids].reset_index(drop=True).assign(**columns, **{f'p_{classes[i]}': p[:, i] for i in order})
@@ -127,10 +138,12 @@ def _read_text_table(path):
     "A CSV with every cell as text; a `PredictionsError` if it is none"
     if not Path(path).is_file(): raise PredictionsError('it does not exist or is not a file.')
     try: text = Path(path).read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e: raise PredictionsError(f'it cannot be read as text ({type(e).__name__}).') from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise PredictionsError(f'it cannot be read as text ({type(e).__name__}).') from None
     if '\0' in text: raise PredictionsError('it is not a CSV: it holds a NUL byte.')
     try: return pd.read_csv(StringIO(text), dtype=str, keep_default_na=False)
-    except ValueError as e: raise PredictionsError(f'it is not a CSV with one header line ({type(e).__name__}).') from None
+    except ValueError as e:
+        raise PredictionsError(f'it is not a CSV with one header line ({type(e).__name__}).') from None
 
 def _numbers(column, name):
     "A text column as numbers, exact to the last bit; an empty cell is NaN"
@@ -138,7 +151,9 @@ def _numbers(column, name):
         try: return float(text or 'nan')
         except ValueError: return None
     values = [number(t) for t in column]
-    if None in values: raise PredictionsError(f'the column {name} holds text in row {values.index(None)}; it must hold numbers.')
+    if None in values:
+        raise PredictionsError(f'the column {name} holds text in row {values.index(None)}; '
+                               'it must hold numbers.')
     return np.array(values, float)
 
 # %% ../nbs/020_predictions.ipynb #85f52439
@@ -202,5 +217,6 @@ def patient_arrays(
 )->tuple:                       # y (P,) 0 or 1, p (P,) from 0 to 1
     "`class_arrays` of a table per patient; a `PredictionsError` if a patient has several rows"
     if patients.patient_id.duplicated().any():
-        raise PredictionsError('A patient has more than one row; aggregate the images with `aggregate_patients`, one repeat at a time.')
+        raise PredictionsError('A patient has more than one row; '
+                               'aggregate the images with `aggregate_patients`, one repeat at a time.')
     return class_arrays(patients, positive)

@@ -174,9 +174,9 @@ def test_figures_show_the_numbers_of_the_table():
         assert ax.get_xlabel() and ax.get_ylabel() and ('100' in text[draw.__name__] or 'patients' in text[draw.__name__])
         plt.close(fig)
     value,low,high = found.loc['roc_auc', ['value', 'low', 'high']]
-    assert f'{value:.2f} ({low:.2f} to {high:.2f})' in text['roc_figure']
+    assert f'{value:.2f} (95 % CI {low:.2f}–{high:.2f})' in text['roc_figure']
     value,low,high = found.loc['pr_auc', ['value', 'low', 'high']]
-    assert f'{value:.2f} ({low:.2f} to {high:.2f})' in text['pr_figure']
+    assert f'{value:.2f} (95 % CI {low:.2f}–{high:.2f})' in text['pr_figure']
     assert f'{found.value["sensitivity"]:.0%}' in text['confusion_figure'] and f'{found.value["specificity"]:.0%}' in text['confusion_figure']
 
 
@@ -223,7 +223,7 @@ def test_no_width_is_not_certainty():
         found = scores(table, level=level, n_resamples=50)
         for metric,n in dict(sensitivity=positives, ppv=positives, specificity=40 - positives, npv=40 - positives, accuracy=40).items():
             np.testing.assert_allclose(found.loc[metric, ['value', 'low', 'high']].astype(float), [1, *wilson_interval(n, n)], atol=1e-12)
-        assert str(Estimate(*found.loc['roc_auc', ['value', 'low', 'high']])) == '1.00 (same in every resample)'
+        assert str(Estimate(*found.loc['roc_auc', ['value', 'low', 'high']])) == '1.00 (the same in every resample)'
 
 
 def test_no_patients_is_said():

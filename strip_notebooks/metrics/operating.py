@@ -17,7 +17,7 @@ def reliability_table(
     y,              # (P,) 0 or 1
     p,              # (P,) probabilities of 1
     bins:int=10,    # Bins of equal width, 1 or more
-)->pd.DataFrame:    # One row per bin with patients: predicted (mean), observed (share), low, high (95 %, Wilson), patients
+)->pd.DataFrame:    # One row per bin with patients: predicted, observed, low, high (95 %, Wilson), patients
     "Predicted vs observed shares of the positive class"
     if bins < 1: raise StripError(f'bins={bins} must be 1 or more.')
     y = np.asarray(y)
