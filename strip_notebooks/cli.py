@@ -50,8 +50,7 @@ def run_command(
 
 def _summary(run):
     "What a run has to say at its end, if anything"
-    file = run.path/'summary.txt'
-    return '\n' + file.read_text(encoding='utf-8') + '\n' if file.exists() else ''
+    return f'\n{run.summary}\n' if run.summary else ''
 
 # %% ../nbs/990_cli.ipynb #184b0207
 def _found(row):
@@ -75,8 +74,7 @@ def runs_command(
     if len(args.compare) != 2: raise StripError('`clot runs A B` compares two runs; give two names.')
     from strip_notebooks.experiments import find_run
     from strip_notebooks.metrics.compare import compare
-    from strip_notebooks.predictions import load_predictions
-    tables = [load_predictions(find_run(r, 'train', args.runs).path/'tables'/'predictions.csv').query("split == 'test'") for r in args.compare]
+    tables = [find_run(r, 'train', args.runs).predictions.query("split == 'test'") for r in args.compare]
     print(compare(*tables).round(3).to_string(na_rep=''))
 
 # %% ../nbs/990_cli.ipynb #ee746d6e
@@ -91,12 +89,12 @@ def demo_command(
         return run_experiment(name, {k: v for k,v in parameters.items() if v is not None}, args.runs)
     prepared = step(1, 'prepare', data=args.data, columns=args.columns, preset=args.preset, patients=args.patients, size=args.size, seed=args.seed,
                     train_centers=args.train_centers, test_centers=args.test_centers)
-    trained = step(2, 'train', prepare_run=prepared.path.name, arch=args.arch, epochs=args.epochs, seed=args.seed)
-    evaluated = step(3, 'evaluate', train_run=trained.path.name, seed=args.seed)
-    report = step(4, 'report', evaluate_run=evaluated.path.name)
+    trained = step(2, 'train', prepare_run=prepared.name, arch=args.arch, epochs=args.epochs, seed=args.seed)
+    evaluated = step(3, 'evaluate', train_run=trained.name, seed=args.seed)
+    report = step(4, 'report', evaluate_run=evaluated.name)
     more = 'for another model on the same split, `clot run train -p arch=resnet18`, then `clot run evaluate`.' if args.data else '`clot demo --data FOLDER_OR_CSV` does the same with your own images.'
     print(f'\nNext: open the report in a browser; {more}')
-    print(_summary(evaluated) + f'report: {report.path/"report.html"}')
+    print(_summary(evaluated) + f'report: {report.report}')
 
 def _check_demo(args):
     "A `StripError` for options that do not go together, and for a model that does not exist"

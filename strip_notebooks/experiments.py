@@ -10,8 +10,8 @@ __all__ = ['ExperimentError', 'experiment_paths', 'experiment_path', 'experiment
 import ast, contextlib, io, logging, os, tempfile, tokenize, uuid
 from pathlib import Path
 
-from .core import StripError, nearest, write_json
-from .runs import Run, new_run, list_runs, now, workspace
+from .core import StripError, nearest
+from .runs import Run, list_runs, new_run, workspace
 
 # %% ../nbs/900_experiments.ipynb #33600f3e
 class ExperimentError(StripError):
@@ -146,14 +146,8 @@ def resume_experiment(
 )->Run:             # The finished run
     "Take an unfinished run up again, in its own folder and with its own parameters"
     run = _run_at(run, root)
-    state = list_runs(run.path.parent).set_index('run').state[run.path.name]
-    if state == 'finished': raise ExperimentError(f'{run.path.name} has finished; there is nothing to resume.')
-    if state == 'running':
-        raise ExperimentError(f'{run.path.name} is running, in the process {run.status["process"]}; wait for it, or stop it first.')
-    earlier = run.path/'notebook.ipynb'
-    if earlier.exists(): earlier.rename(run.path/f"notebook-{len(list(run.path.glob('notebook*.ipynb')))}.ipynb")
-    write_json(run.path/'status.json', dict(state='running', name=run.name, started=now(), process=os.getpid()))
-    return _execute(experiment_path(run.name), run, show)
+    run.resume()
+    return _execute(experiment_path(run.step), run, show)
 
 # %% ../nbs/900_experiments.ipynb #78ab0ec6
 def _execute(path, run, show):
@@ -168,10 +162,10 @@ def _execute(path, run, show):
                                        extra_arguments=['--IPKernelApp.log_level=50'])  # a kernel that is told to stop need not say so
     except papermill.PapermillExecutionError as e:
         run.finish(error=f'{e.ename}: {e.evalue}')
-        raise ExperimentError(f'{run.name} failed: {e.ename}: {e.evalue} The notebook up to the error is {notebook}.') from None
+        raise ExperimentError(f'{run.step} failed: {e.ename}: {e.evalue} The notebook up to the error is {notebook}.') from None
     except KeyboardInterrupt:
-        run.finish(error='interrupted')
-        raise KeyboardInterrupt(f'{run.path.name} was stopped; `clot run --resume {run.path.name}` takes it up again.') from None
+        run.finish(error='Ctrl-C', interrupted=True)
+        raise KeyboardInterrupt(f'{run.name} was stopped; `clot run --resume {run.name}` takes it up again.') from None
     except BaseException as e:
         run.finish(error=f'{type(e).__name__}: {e}')
         raise
@@ -181,16 +175,22 @@ def _execute(path, run, show):
 # %% ../nbs/900_experiments.ipynb #f14a8970
 def find_run(
     run,            # A run's folder or name, or '' for the newest finished one
-    name:str,       # The experiment that it must be a run of
+    steps,          # The step that it must be a run of, such as 'prepare', or several
     root=None,      # The folder of all runs; None is the workspace's runs/
 )->Run:
-    "The run that a step builds on; an `ExperimentError` that says how to make one if there is none"
-    root = Path(root or workspace()/'runs')
-    if run:
-        found = _run_at(run, root)
-        if found.name != name: raise ExperimentError(f'{found.path.name} is a run of {found.name!r}, and one of {name!r} is needed.')
-        return found
+    "The finished run that a step builds on; an `ExperimentError` that says what to do if there is none"
+    root, steps = Path(root or workspace()/'runs'), [steps] if isinstance(steps, str) else list(steps)
+    if run: return _finished(_run_at(run, root), steps)
     runs = list_runs(root)
-    runs = runs[(runs["name"] == name) & (runs.state == 'finished')] if len(runs) else runs
-    if not len(runs): raise ExperimentError(f'No finished run of {name!r} is in {root}; make one with `clot run {name}`.')
+    runs = runs[runs.step.isin(steps) & (runs.state == 'finished')]
+    if not len(runs):
+        raise ExperimentError(f'No finished run of {" or ".join(steps)} is in {root}; make one with `clot run {steps[0]}`.')
     return Run(root/runs.run.iloc[-1])
+
+def _finished(run, steps):
+    "`run`, if it is a finished one of one of the steps"
+    if run.step not in steps:
+        raise ExperimentError(f'{run.name} is a run of {run.step!r}, and one of {" or ".join(steps)} is needed.')
+    if run.state == 'finished': return run
+    advice = 'wait until it has finished' if run.state == 'running' else f'resume it with `clot run --resume {run.name}`'
+    raise ExperimentError(f'{run.name} has not finished: it is {run.state}; {advice}, or name another run.')

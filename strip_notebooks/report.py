@@ -181,7 +181,7 @@ def origin_section(
     rows = [dict(run=r.path.name, code=e['commit'][:12] + (', changed' if 'changes' in e['commit'] else ''), seed=str(e['seed']),
                  python=e['python'], torch=e['packages'].get('torch', ''), processor=e['processor'], device=e['device'])
             for r in runs for e in [read_json(r.path/'environment.json')]]
-    parameters = pd.DataFrame([dict(step=r.name, parameter=k, value=without_folders(k, v)) for r in runs for k,v in r.parameters.items()
+    parameters = pd.DataFrame([dict(step=r.step, parameter=k, value=without_folders(k, v)) for r in runs for k,v in r.parameters.items()
                                if v not in ('', [], None) and not k.endswith('_run')])
     return html('<h2 id="origin">How it was made</h2>{{ a }}<details><summary>All parameters</summary>{{ b }}</details>',
                 a=table_html(pd.DataFrame(rows), 'The runs; the versions of all packages are in the file environment.json of each'),
@@ -247,8 +247,8 @@ def write_report(
     evaluated:Run,  # A run of the experiment evaluate; it names the runs before it
 )->Path:            # `path`
     "Write the report of an evaluation and of the runs it rests on; a `StripError` if `evaluated` is another kind of run"
-    if evaluated.name != 'evaluate':
-        raise StripError(f'{evaluated.path.name} is a run of {evaluated.name!r}; a report is made of a run of evaluate.')
+    if evaluated.step != 'evaluate':
+        raise StripError(f'{evaluated.path.name} is a run of {evaluated.step!r}; a report is made of a run of evaluate.')
     m = evaluated.metrics
     prepared,trained = (Run(evaluated.path.parent/m[k]) for k in ('prepare_run', 'train_run'))
     surest = f"Test images that the model was surest of, right and wrong, with its probability of {m['positive']}."
@@ -259,6 +259,6 @@ def write_report(
                 origin_section([prepared, trained, evaluated])]
     page = html(page_template, title=f"{' or '.join(m['classes'])}: a patient-level report", style=html(page_style), sections=sections,
                 positive=m['positive'], sentences=m['sentences'], warnings=prepared.metrics['warnings'],
-                lead=f"{trained.metrics['arch']} on {prepared.metrics['source']}. Made {evaluated.status['started'][:10]}, for research.")
+                lead=f"{trained.metrics['arch']} on {prepared.metrics['source']}. Made {evaluated.status.started[:10]}, for research.")
     write_text(path, str(page))
     return Path(path)
