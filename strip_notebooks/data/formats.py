@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core import atomic_path, content_hash
 from .dicom import dicom_size, read_dicom
-from .images import (ImageError, Limits, Reading, Source, check_choice, check_pixels, check_window, forbidden, image_errors,
+from .images import (ImageError, Limits, Reading, Source, check_choice, check_pixels, check_window, forbidden, guarded, image_errors,
     image_suffixes, open_source, shown_between, three_channels)
 from .nifti import nifti_size, read_nifti
 from .raster import raster_size, read_raster
@@ -60,7 +60,8 @@ def image_format(
     limits:Limits=Limits(), # What is refused
 )->str:                     # png, jpeg, bmp, tiff, npy, dicom or nifti
     "The kind of image a file is by its first bytes; an `ImageError` if none"
-    return _known_format(open_source(source, name, limits))
+    source = open_source(source, name, limits)
+    with guarded(): return _known_format(source)
 
 # %% ../../nbs/130_data.formats.ipynb #7f770df9
 def _open_npy(source):
@@ -115,8 +116,8 @@ def read_image(
     "The picture in a file; an `ImageError` that names it and the reason if there is none"
     source = open_source(source, name, limits)
     check_window(source.name, reading.window)
-    a = _readers[_known_format(source)](source, reading, limits)
-    with image_errors(source.name):
+    with guarded(), image_errors(source.name):
+        a = _readers[_known_format(source)](source, reading, limits)
         if isinstance(a, list): return np.stack([three_channels(source.name, x) for x in a])
         return three_channels(source.name, a)
 
@@ -129,7 +130,7 @@ def image_size(
 )->tuple:                       # height, width in pixels, as `read_image` gives it
     "The size of an image from its header; an `ImageError` if it has none"
     source = open_source(source, name, limits)
-    return _sizes[_known_format(source)](source, reading, limits)
+    with guarded(): return _sizes[_known_format(source)](source, reading, limits)
 
 # %% ../../nbs/130_data.formats.ipynb #f8ce9484
 def write_image(
