@@ -140,7 +140,7 @@ def sizes(paths):
     widths = [len(l) for c in cells for l in c.splitlines() if l.strip()]
     counts = [len(parameters(n)) for c in cells for _, n in public_functions(ast.parse(c))]
     words = [len(source(c).split()) for p in paths for c in read(p)['cells'] if c['cell_type'] == 'markdown']
-    pictures = sum('image/png' in o.get('data', {}) or 'image/svg+xml' in o.get('data', {}) for p in paths for c in code_cells(p) for o in outputs(c))
+    pictures = sum(any(kind.startswith('image/') for kind in o.get('data', {})) for p in paths for c in code_cells(p) for o in outputs(c))
     found = [f'{at(lines, .5)} / {at(lines, .9)} / {max(lines, default=0)}', f'{at(bodies, .5)} / {at(bodies, .9)} / {max(bodies, default=0)}',
              f'{at(widths, .5)} / {at(widths, .9)}; {sum(w > WIDTH for w in widths)}', str(sum(map(joined, cells))),
              f'{at(counts, .9)} / {max(counts, default=0)}', f'{sum(words)/max(len(words), 1):.0f}', str(pictures)]

@@ -6,7 +6,8 @@ import pytest
 
 from strip_notebooks.data.cohort import cohort_from_folder, read_cohort
 from strip_notebooks.data.formats import read_image
-from strip_notebooks.data.synthetic import artefacts, components, formats, make_cohort, plan_cohort, read_truth
+from strip_notebooks.data.drawing import artifacts, center_stain, components, draw_style, render_clot
+from strip_notebooks.data.synthetic import formats, make_cohort, plan_cohort, read_truth
 
 script = """
 import sys
@@ -65,6 +66,21 @@ def test_truth_explains_the_picture(drawn):
     red = [np.mean(i[..., 2] < .75*i[..., 0]) for i in map(read_image, cohort.path)]
     assert np.corrcoef(red, truth.red_cells*truth.tissue)[0, 1] > .9
 
+middle_blocks = dict(    # mean red, green and blue of the four middle blocks of 4 x 4, of pictures of version 1 of the generator
+    none   = [215.1, 154.2, 191.1, 211.6, 152.8, 188.9, 204.5, 146.1, 183.7, 200.2, 144.6, 182.0],
+    pen    = [199.5, 154.8, 165.5, 214.6, 150.5, 162.1, 183.7, 141.1, 157.7, 185.2, 123.9, 133.7],
+    fold   = [209.1, 131.5, 161.7, 212.8, 143.4, 172.2, 203.2, 127.4, 157.1, 213.3, 131.5, 155.4],
+    bubble = [213.8, 149.0, 169.8, 213.8, 182.0, 200.6, 218.2, 182.1, 203.4, 211.0, 137.1, 150.8],
+    blur   = [211.3, 145.1, 175.0, 199.0, 136.2, 167.3, 202.4, 140.4, 173.2, 203.0, 136.0, 167.6])
+
+@pytest.mark.parametrize('seed, artifact', enumerate(middle_blocks))
+def test_a_version_of_the_generator_draws_the_same_pictures(seed, artifact):
+    "A change that draws other pictures needs another `generator_version`, or cohorts of two kinds share a folder"
+    style = draw_style(np.random.default_rng(seed))
+    picture, _ = render_clot([.4, .25, .3, .05], style, center_stain(seed + 1), 128, seed=seed, artifact=artifact)
+    blocks = picture.reshape(4, 32, 4, 32, 3).mean((1, 3))[1:3, 1:3]
+    np.testing.assert_allclose(blocks.ravel(), middle_blocks[artifact], atol=.3)      # another machine may round a pixel differently
+
 def test_tiff_is_tiled(tmp_path):
     import tifffile
     cohort = make_cohort(tmp_path/'tif', 'easy', n_patients=8, size=160, format='tif', workers=1)
@@ -72,14 +88,14 @@ def test_tiff_is_tiled(tmp_path):
 
 @pytest.mark.parametrize('preset', ['null', 'confounded'])
 def test_nothing_in_the_plan_tells_the_label_but_the_center_of_confounded(preset):
-    "Order, number of images, artefact, composition and size, each alone: an AUC within four standard errors of one half"
+    "Order, number of images, artifact, composition and size, each alone: an AUC within four standard errors of one half"
     plan = plan_cohort(preset, 20_000, 512, seed=3)
     patients = plan.groupby('patient_id', sort=False).agg(
         label=('label', 'first'), center=('center_id', 'first'), images=('label', 'size'), size=('size', 'first'), **{c: (c, 'mean') for c in components})
     laa = (patients.label == 'LAA').to_numpy()
     scores = dict(order=np.arange(len(patients)), images=patients.images, size=patients['size'],
                   **{f'center {c}': patients.center == str(c) for c in range(1, 12)},
-                  **{a: plan.artefact.eq(a).groupby(plan.patient_id, sort=False).mean() for a in artefacts}, **{c: patients[c] for c in components})
+                  **{a: plan.artifact.eq(a).groupby(plan.patient_id, sort=False).mean() for a in artifacts}, **{c: patients[c] for c in components})
     from sklearn.metrics import roc_auc_score
     found = {k: abs(roc_auc_score(laa, s) - .5) > 4*np.sqrt(len(laa)/12/laa.sum()/(~laa).sum()) for k, s in scores.items()}
     telling = {k.split()[0] for k, told in found.items() if told}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core import StripError, nearest
-from .synthetic import add_artefact
+from .drawing import add_artifact
 
 # %% ../../nbs/180_data.augment.ipynb #eaa71f7a
 _stains = np.array([[.65, .70, .29], [.07, .99, .11], [.27, .57, .78]])     # Haematoxylin, eosin, residual (Ruifrok and Johnston 2001)
@@ -61,7 +61,7 @@ class Policy:
         if self.name not in policy_names:
             raise StripError(f'There is no policy {self.name!r}{nearest(self.name, policy_names)}')
         self._compose = None
-        self._stain,self._artefact = dict(standard=(.3, .05), strong=(.6, .15)).get(self.name, (0, 0))      # how often
+        self._stain,self._artifact = dict(standard=(.3, .05), strong=(.6, .15)).get(self.name, (0, 0))      # how often
 
     def __getstate__(self): return {**self.__dict__, '_compose': None}      # made anew in each process
 
@@ -77,9 +77,9 @@ class Policy:
         rng = np.random.default_rng((seed, 1))                              # not the numbers that the library draws
         out = self._library(seed)(image=image)['image']
         if rng.random() < self._stain: out = stain_jitter(out, rng)
-        if rng.random() < self._artefact:
+        if rng.random() < self._artifact:
             kind = ('pen', 'fold', 'bubble')[rng.integers(3)]
-            out = add_artefact(out.astype(np.float32), kind, rng).round().clip(0, 255).astype(np.uint8)
+            out = add_artifact(out.astype(np.float32), kind, rng).round().clip(0, 255).astype(np.uint8)
         return np.ascontiguousarray(out)
 
     def _library(self, seed):
