@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .core import StripError, read_json, write_text
+from .findings import read_findings
 from .runs import Run
 from .statistics import Estimate
 
@@ -126,10 +127,10 @@ def audit_section(
     prepared:Run,   # A run of the experiment prepare
 )->str:             # HTML
     "What could fool the reader: leaks between the parts and shortcuts to the label"
-    table = pd.read_csv(prepared.path/'tables'/'audit.csv', keep_default_na=False)
+    found = read_findings(pd.read_csv(prepared.path/'tables'/'audit.csv'))
     return html('''<h2 id="audit">The audit</h2><p>Could a model do well here without looking at the clot? Each line asks one way.</p>
 <ul class="audit">{% for r in rows %}<li class="{{ r.verdict }}"><span class="verdict">{{ r.verdict }}</span> {{ r.sentence }}</li>{% endfor %}</ul>
-{{ figure }}''', rows=table.to_dict('records'),
+{{ figure }}''', rows=[dict(verdict=f.verdict, sentence=f.sentence) for f in found],
         figure=figure_html(prepared.path/'figures'/'audit.png', 'What the shortcuts alone can tell, with 95 % intervals; the line is chance.'))
 
 # %% ../nbs/950_report.ipynb #51b2adb1

@@ -11,6 +11,7 @@ from strip_notebooks.data.cohort import (CohortError, CohortWarning, check_cohor
     load_cohort, load_salt, patient_table, read_cohort, reveal, save_cohort)
 from strip_notebooks.data.measure import measure_images, quarantine
 from strip_notebooks.data.measure import _measure as real_measure
+from strip_notebooks.findings import Verdict
 from strip_notebooks.data.formats import write_image
 
 IDS = ['000123', '1e5123', 'NA', 'nan', 'True', '12.0', 'None', '0x1F', '-7']
@@ -480,9 +481,9 @@ def test_near_duplicates_of_many_need_little_memory():
 
 def test_what_could_not_be_looked_at_is_not_ok(tmp_path):
     for name in ('a.png', 'b.png'): (tmp_path/name).write_bytes(b'')
-    report = validate(table(path=[str(tmp_path/'a.png'), str(tmp_path/'b.png')]*4 + [str(tmp_path/'c.png')])).set_index('check')
-    assert report.images['corrupt'] == 9
-    assert set(report.verdict[['corrupt', 'blank', 'tiny', 'a near-duplicate', 'formats', 'sizes', 'brightness']]) == {'error'}
+    report = validate(table(path=[str(tmp_path/'a.png'), str(tmp_path/'b.png')]*4 + [str(tmp_path/'c.png')]))
+    assert report.find('CHK001').values['n'] == 9
+    assert {report.find(f'CHK{n:03}').verdict for n in (1, 2, 3, 4, 8, 9, 10)} == {Verdict.ERROR}
 
 
 def test_cohort_and_checks_import_nothing_heavy():

@@ -27,7 +27,7 @@ from ..data.augment import mix_batch, policy, policy_names
 from ..data.loading import CohortImages, make_loader
 from ..models import create_model, model_summary, training_mode, unfreeze
 from ..predictions import aggregate_patients, load_predictions, make_predictions, save_predictions
-from ..splits import assert_disjoint, patient_table
+from ..data.cohort import check_cohort
 from ..statistics import auc
 from .losses import TrainingError, loss_names, make_loss, taught_prior
 from .schedules import load_schedule_state, make_optimizer, make_schedule, optimizer_names, schedule_names, schedule_state
@@ -256,8 +256,7 @@ class TrainResult(NamedTuple):
 
 def _check_cohort(cohort):
     "The classes of a split cohort, if it has no gaps and no doubles, and training and validation have all classes"
-    assert_disjoint(cohort)
-    patient_table(cohort)
+    check_cohort(cohort, split=True)
     if cohort.image_id.duplicated().any(): raise TrainingError('An image is in the cohort more than once; drop the double rows.')
     if not all(isinstance(c, str) for c in cohort.label.unique()):
         raise TrainingError('The labels of the cohort are not text; write cohort.assign(label=cohort.label.astype(str)).')
