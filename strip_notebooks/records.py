@@ -6,7 +6,9 @@
 __all__ = ['Prepared', 'Trained', 'Evaluated']
 
 # %% ../nbs/890_records.ipynb #be4711bf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from .statistics import Estimate
 
 # %% ../nbs/890_records.ipynb #d4b60907
 @dataclass(frozen=True)
@@ -22,7 +24,6 @@ class Prepared:
     classes:list[str]           # Class names, sorted
     quarantined:int = 0         # Images that were excluded
     best_auc:float|None = None  # The best patient AUC that a synthetic cohort allows, 0 to 1
-    warnings:list[str] = field(default_factory=list)    # Of checks and audit, as sentences
 
 # %% ../nbs/890_records.ipynb #596f2bad
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Evaluated:
     "What a run of evaluate leaves, beside its tables and figures"
     classes:list[str]           # Class names, sorted
     positive:str                # The positive class
-    threshold:float             # Operating point: classified as positive from this probability on, 0 to 1
-    rule:str                    # How the operating point was chosen, in words
+    threshold:float             # Operating point: classified as positive at or above this probability, 0 to 1
+    rule:str                    # How the operating point was chosen, in words, such as "Youden's index"
     how:str                     # How the images of a patient were aggregated: mean, vote or max
     test_patients:dict[str, int]    # Class -> patients in the test set
     resamples:int               # Bootstrap resamples of patients
-    permutation_p:float         # Of a permutation test of the AUC, 0 to 1
-    sentences:list[str]         # What the result means
+    auc:Estimate                # Patient AUC on the test set with its 95 % interval; NaN where it is undefined
+    permutation_p:float         # Of a permutation test of the AUC, 0 to 1; NaN where it is undefined
