@@ -35,9 +35,7 @@ class Task:
     def loss(self, model, batch, seed:int)->torch.Tensor: "The mean loss of a training batch; `seed` is the batch's own"
     def scores(self, logits:torch.Tensor)->dict: "The scores of `better` from all logits of the validation loader"
     def fingerprint(self): "All that decides the weights beside the trainer's settings, as JSON can hold it"
-    def spec(self, trainer)->dict: "What a bundle says about the trained network"
-    def files(self, net)->dict: "The files of a bundle, name -> bytes"
-    def predictions(self, net)->pd.DataFrame: "The predictions table of the task's cohort"
+    def parts(self, net, trainer)->tuple: "What the bundle of a trained network holds: its spec, and its files as name -> bytes"
 
     def begin_epoch(self, net:nn.Module, epoch:int):
         "Prepare the network for epoch `epoch`, from 0: here one could unfreeze a stage"
