@@ -40,6 +40,11 @@ class Settings(BaseModel):
             problems = [_problem(error, type(self).model_fields) for error in e.errors()]
             raise SettingsError(' '.join(dict.fromkeys(problems))) from None
 
+    @classmethod
+    def pick(cls, values:dict):
+        "These settings from a larger dict, such as a notebook's `globals()`"
+        return cls(**{name: values[name] for name in cls.model_fields if name in values})
+
 # %% ../../nbs/405_training.config.ipynb #9032192a
 def parameter_type(
     annotation,     # Of a field of a `Settings` class
