@@ -20,7 +20,7 @@ from torch import nn
 
 from ..bundle import (BundleError, check_cache, class_probabilities, load_bundle, make_bundle, predict_cohort,
                                     save_bundle, torch_parts)
-from ..core import StripError, file_hash, listing
+from ..core import file_hash, listing
 from ..processes import progress_style
 from ..data.augment import mix_batch, policy
 from ..data.cohort import CohortWarning, check_cohort
@@ -28,10 +28,10 @@ from ..data.loading import CohortImages, make_loader
 from ..models import create_model, model_summary, training_mode, unfreeze
 from ..operating import choose_threshold
 from ..predictions import aggregate_patients, make_predictions
-from ..statistics import auc
+from ..statistics import auc, weighted_log_loss
 from .config import TrainConfig, TrainerConfig, make_config
-from .losses import TrainingError, class_weights, classification_loss, make_loss, taught_prior
-from .trainer import Task, Trainer, best_epoch, checkpoints, deterministic
+from .losses import TrainingError, make_loss, taught_prior
+from .trainer import Task, Trainer, best_epoch, deterministic, pick_precision
 
 # %% ../../nbs/430_training.classifier.ipynb #8d655879
 def cohort_classes(
@@ -65,13 +65,11 @@ def patient_scores(
     prior,                      # (C,), the prior at which the predictions were made
 )->dict:                        # weighted_log_loss (at equal priors), auc (mean over one class against the rest)
     "The scores that can choose the best epoch"
-    p = patients[[f'p_{c}' for c in classes]].to_numpy()
-    shifted = np.log(p.clip(1e-15, 1)/np.asarray(prior))
-    target = pd.Categorical(patients.label, classes).codes.astype(int)
-    weights = torch.tensor(class_weights(np.bincount(target, minlength=len(classes))))
-    loss = classification_loss(torch.tensor(shifted), torch.tensor(target), 'competition', weights)
-    ratios = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return dict(weighted_log_loss=loss.item(), auc=float(np.mean([auc(target == c, ratios[:,c]) for c in range(len(classes))])))
+    p = patients[[f'p_{c}' for c in classes]].to_numpy()/np.asarray(prior)
+    p = p/p.sum(1, keepdims=True)
+    target = np.array([classes.index(label) for label in patients.label])
+    aucs = [auc(target == c, p[:,c]) for c in range(len(classes))]
+    return dict(weighted_log_loss=weighted_log_loss(target, p), auc=float(np.mean(aucs)))
 
 # %% ../../nbs/430_training.classifier.ipynb #c7a7e65c
 class ImageClassifier(Task):
@@ -416,7 +414,6 @@ def step_speed(
     repeats:int=5,          # Steps of each, alternating; the median ratio counts
 )->dict:                    # picked and default (seconds per step on the CPU), ratio (above 1 is faster), precision
     "Time a training step in the precision and layout that the trainer picks against torch's defaults"
-    from strip_notebooks.training.trainer import pick_precision
     precision = pick_precision('cpu')
     batch = _NoiseBatches(1, batch_size, size)[0]
     picked = _timed_step(arch, batch, precision, torch.channels_last)

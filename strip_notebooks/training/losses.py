@@ -50,7 +50,7 @@ def classification_loss(
 )->torch.Tensor:            # Scalar, float32
     "The mean loss of a batch"
     target = soft_targets(target, logits.shape[1], label_smoothing)
-    logs = F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), 1)
+    logs = F.log_softmax(logits.float(), 1)
     if name == 'focal': return -(target*(1-logs.exp())**gamma*logs).sum(1).mean()
     if name == 'cross_entropy': return -(target*logs).sum(1).mean()
     weights = weights.to(logs.device)
