@@ -1,7 +1,7 @@
 # make demo   install everything into .venv and run the main job on the embedded cohort
 # make test   install everything and run every test
 # make docs   build the documentation site into _docs
-# make lock   resolve the bounds of settings.ini again into constraints.txt (needs uv)
+# make lock   write the newest versions within the bounds of settings.ini to constraints.txt (needs uv)
 # make clean  remove .venv and what was built
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ UV     := $(shell command -v uv 2>/dev/null)
 .PHONY: demo test docs lock clean install
 install: $(READY)
 
-# The stamp is written last, so an install that was broken off is done again, and one that is whole is not.
+# The stamp is written last, so an interrupted install is repeated, and a complete one is not.
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 1; }

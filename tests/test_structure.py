@@ -227,8 +227,8 @@ def test_the_wheel_holds_the_library_and_the_experiments(copy, tmp_path):
     subprocess.run([sys.executable, 'setup.py', '-q', 'bdist_wheel', '-d', tmp_path], cwd=copy, check=True, capture_output=True)
     (wheel,) = tmp_path.glob('*.whl')
     subprocess.run([sys.executable, '-m', 'zipfile', '-e', wheel, tmp_path/'installed'], check=True)
-    library_files = {name(p) for p in library.rglob('*.py')}
-    assert library_files <= {p.relative_to(tmp_path/'installed').as_posix() for p in (tmp_path/'installed').rglob('*')}
+    library_files = {name(p) for p in library.rglob('*') if p.is_file() and '__pycache__' not in p.parts}     # templates and styles too
+    assert library_files - {p.relative_to(tmp_path/'installed').as_posix() for p in (tmp_path/'installed').rglob('*')} == set()
     asked = [sys.executable, '-c', 'from strip_notebooks.experiments import experiment_paths; print(*experiment_paths().values())']
     found = subprocess.run(asked, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path/'installed')}, capture_output=True, text=True, check=True).stdout.split()
     assert found == [str(tmp_path/'installed'/'strip_notebooks'/'steps'/p.name) for p in sorted((root/'nbs'/'experiments').glob('*.ipynb'))]
