@@ -174,7 +174,7 @@ def spec_preprocessing(
     spec:dict,          # From `check_spec`
 )->Preprocessing:
     "The preprocessing that a specification describes; a `BundleError` if there is no such preprocessing here"
-    try: return Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k,v in spec['preprocessing'].items()})
+    try: return Preprocessing.from_dict(spec['preprocessing'])
     except (TypeError, ValueError, StripError) as e:
         raise BundleError(f"The bundle's preprocessing cannot be used here: {e}") from e
 
@@ -235,7 +235,7 @@ class TorchRuntime:
         "uint8 pixels (N, S, S, 3) as the network takes them: normalized, (N, 3, S, S) float32, on the device"
         import torch
         x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).to(self.device)
-        return self.preprocessing.normalise(x).contiguous(memory_format=torch.channels_last)
+        return self.preprocessing.normalized(x).contiguous(memory_format=torch.channels_last)
 
     def logits(self, batch):
         "(N, C) float32"

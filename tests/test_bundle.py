@@ -9,7 +9,8 @@ from strip_notebooks.bundle import (BundleError, _digest, class_probabilities, d
                                     torch_parts)
 from strip_notebooks.core import seed_everything
 from strip_notebooks.data.formats import read_image
-from strip_notebooks.data.preprocess import Preprocessing, build_cache
+from strip_notebooks.data.cache import build_cache
+from strip_notebooks.data.preprocess import Preprocessing
 from strip_notebooks.data.synthetic import make_cohort
 from strip_notebooks.models import create_model
 from strip_notebooks.splits import split_patients

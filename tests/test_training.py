@@ -15,7 +15,8 @@ settings = dict(arch='simple_cnn', epochs=4, batch_size=8, policy='light', lr=2e
 def run(cohort_folder, folder, die=None, threads=1, **more):
     "Train in a process of its own; with `die` = (function, nth call, before or after) it kills itself at that call of the os module"
     import torch
-    from strip_notebooks.data.preprocess import Preprocessing, build_cache
+    from strip_notebooks.data.cache import build_cache
+    from strip_notebooks.data.preprocess import Preprocessing
     from strip_notebooks.data.synthetic import make_cohort
     from strip_notebooks.splits import split_patients
     from strip_notebooks.training.loop import make_config, train

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..core import StripError, derive_seed, nearest
 from .augment import Policy
-from .preprocess import Cache
+from .cache import Cache
 
 # %% ../../nbs/190_data.loading.ipynb #e61db7ff
 class CohortImages:

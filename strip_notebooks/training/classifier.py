@@ -128,13 +128,13 @@ def size(self:ImageClassifier, batch)->int:
 @patch
 def logits(self:ImageClassifier, model, batch)->torch.Tensor:
     "The network's output for the normalized images, (B, C)"
-    return model(self.preprocessing.normalise(batch['image']))
+    return model(self.preprocessing.normalized(batch['image']))
 
 @patch
 def loss(self:ImageClassifier, model, batch, seed:int)->torch.Tensor:
     "The mean loss of a batch, after MixUp or CutMix"
     config = self.config
-    image,target = self.preprocessing.normalise(batch['image']),batch['target']
+    image,target = self.preprocessing.normalized(batch['image']),batch['target']
     if config.mixup or config.cutmix:
         onehot = nn.functional.one_hot(target, len(self.classes)).float()
         image,target = mix_batch(image, onehot, config.mixup, config.cutmix, seed)
