@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['image_reasons', 'image_suffixes', 'ImageError', 'Limits', 'Reading', 'check_window', 'check_choice', 'use_guard',
            'guarded', 'check_pixels', 'Source', 'forbidden', 'open_source', 'is_image_file', 'windowed',
-           'shown_between', 'on_white', 'three_channels', 'to_uint8', 'turned', 'as_image_error', 'quiet',
-           'image_errors']
+           'shown_between', 'by_rows', 'on_white', 'unit_range', 'three_channels', 'to_uint8', 'turned',
+           'as_image_error', 'quiet', 'image_errors']
 
 # %% ../../nbs/100_data.images.ipynb #bfdc93dc
 import errno, io, logging, math, re, warnings
@@ -197,7 +197,10 @@ def windowed(
 )->np.ndarray:      # float32, the same shape
     "Numbers from 0 (at or below `low`) to 1 (at or above `high`); NaN stays NaN"
     low,high = window
-    return np.clip((a.astype(np.float32) - low)/(high - low), 0, 1)
+    a = a.astype(np.float32)
+    a -= low
+    a /= high - low
+    return np.clip(a, 0, 1, out=a)
 
 # %% ../../nbs/100_data.images.ipynb #eb6f9c53
 def shown_between(
@@ -212,35 +215,59 @@ def shown_between(
     return windowed(a, window)
 
 # %% ../../nbs/100_data.images.ipynb #5b95b013
-def on_white(
-    a:np.ndarray,   # (H, W, C) uint8 0 to 255 or float 0 to 1; the last channel is the opacity
-)->np.ndarray:      # (H, W, C - 1)
-    "Colors composited on white by their opacity"
-    top = 255 if a.dtype == np.uint8 else 1
-    opacity = a[..., -1:].astype(np.float32)/top
-    out = a[..., :-1].astype(np.float32)*opacity + top*(1 - opacity)
-    return (out + .5).astype(np.uint8) if top == 255 else out.astype(np.float32)
+def by_rows(
+    function,           # Of some rows, (h, W, C) or (h, W)
+    a:np.ndarray,       # (H, W, C) or (H, W)
+    at_once:int=2**20,  # Pixels of the rows that are done at once
+)->np.ndarray:
+    "What a function of pixels makes of an array, with little memory"
+    step = max(1, at_once//max(1, a.shape[1]))
+    first = function(a[:step])
+    if step >= len(a): return first
+    out = np.empty((len(a), *first.shape[1:]), first.dtype)
+    out[:step] = first
+    for row in range(step, len(a), step): out[row:row + step] = function(a[row:row + step])
+    return out
 
 # %% ../../nbs/100_data.images.ipynb #a44895b8
-def _unit_range(name, a):
-    "Any array of pixels as uint8 in 0 to 255 or float32 in 0 to 1"
+def on_white(
+    a:np.ndarray,           # (H, W, C) uint8 0 to 255 or float32 0 to 1; the last channel is the opacity
+    multiplied:bool=False,  # Whether the colors are multiplied by it already
+)->np.ndarray:              # (H, W, C - 1)
+    "Colors composited on white by their opacity"
+    top = 255 if a.dtype == np.uint8 else 1
+    def shown(rows):
+        rows = rows.astype(np.float32)
+        opacity = rows[..., -1:]/top
+        colors = rows[..., :-1] if multiplied else rows[..., :-1]*opacity
+        colors = np.minimum(colors + top*(1 - opacity), top)
+        return (colors + .5).astype(np.uint8) if top == 255 else colors
+    return by_rows(shown, a)
+
+# %% ../../nbs/100_data.images.ipynb #55a541eb
+def unit_range(
+    name,           # The file, for the message
+    a:np.ndarray,   # Pixels of any type and shape
+)->np.ndarray:      # uint8 in 0 to 255 or float32 in 0 to 1
+    "Pixels by the range of their type; an `ImageError` where it has none"
     if a.dtype == bool: return a.astype(np.uint8)*255
-    if a.dtype.kind == 'u' and a.dtype.itemsize > 1: a = (a/np.iinfo(a.dtype).max).astype(np.float32)
-    elif a.dtype.kind == 'f': a = a.astype(np.float32)
-    elif a.dtype != np.uint8:
+    if a.dtype == np.uint8: return a
+    if a.dtype.kind == 'u': return np.divide(a, np.iinfo(a.dtype).max, dtype=np.float32)
+    if a.dtype.kind != 'f':
         raise ImageError(name, 'unsupported', f'pixels of the type {a.dtype} have no stated range; '
                                               'save them as uint8, uint16 or floats from 0 to 1, or give window=(low, high).')
-    if a.dtype == np.float32 and not ((a >= 0) & (a <= 1)).all():
+    if a.size and not (a.min() >= 0 and a.max() <= 1):                 # not so either where a number is missing (NaN)
         raise ImageError(name, 'range', 'its numbers are not all between 0 and 1; '
                                         'give window=(low, high), the values that become black and white.')
-    return a
+    return a.astype(np.float32, copy=False)
 
+# %% ../../nbs/100_data.images.ipynb #60df5574
 def three_channels(
     name,           # The file, for the message
     a:np.ndarray,   # (H, W) or (H, W, C): grey, grey and opacity, RGB, RGB and opacity
 )->np.ndarray:      # (H, W, 3), uint8 0 to 255 or float32 0 to 1
     "Any picture as RGB on white; an `ImageError` for arrays that are no picture or have no stated range"
-    a = _unit_range(name, a)
+    a = unit_range(name, a)
     if a.ndim == 2: a = a[..., None]
     if a.ndim != 3 or a.shape[-1] not in (1, 2, 3, 4) or 0 in a.shape:
         raise ImageError(name, 'unsupported', f'an array of the shape {a.shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
