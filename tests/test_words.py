@@ -21,7 +21,7 @@ banned = [
     (r'\banswers? (?:by|of the (?:image|model)|for (?:each|every))\b|(?:surest|right|wrong|model.s|patient.s) answers?\b', 'predicted probability, prediction'),
     (r'\bagainst (?:answered|observed)\b', 'observed vs predicted'),
     (r'\bcalled (?:ce|laa|positive|negative|from)\b', 'classified as LAA if p >= 0.33'),
-    (r'\b(?:training|test|tested|validation|train|val|empty) parts?\b|\bparts? of (?:the|a|its) split\b|\bin one part\b|\b(?:fewer|each|every) parts?\b', 'training, validation or test set; split'),
+    (r'\b(?:training|test|tested|validation|train|val|empty) parts?\b|\bparts? of (?:the|a|its) split\b|\bin one part\b|\bfewer parts\b', 'training, validation or test set; split'),
     (r'\b(?:deals?|dealt|dealing)\b(?! with)', 'split, assign'),
     (r'\banew\b', 'again, from scratch'),
     (r'\bshall\b', 'must, can, is'),
@@ -57,7 +57,7 @@ banned = [
 ]
 banned = [(re.compile(pattern, re.IGNORECASE), advice) for pattern, advice in banned]
 # A count before a plural noun in a message of the library reads "1 rows" one day
-uncounted = re.compile(r'''\{(?!plural\()[^{}]*\}(?<!\d\}) (?:%s)\b''' % nouns), 'plural(n, "row") of strip_notebooks.core'
+uncounted = re.compile(r'''\{(?!plural\()[^{}]*\}(?<!\d\}) (?:%s)\b(?!/)''' % nouns), 'plural(n, "row") of strip_notebooks.core'
 
 # Lines that may hold a phrase after all, as (file name, part of the line)
 allowed = [

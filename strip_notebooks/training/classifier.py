@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cohort_classes', 'drawn_counts', 'patient_scores', 'ImageClassifier', 'write_bundle', 'history_figure', 'LiveCurve',
-           'Board', 'TrainFolders', 'TrainResult', 'train_folders', 'train', 'bare_epoch', 'loop_cost', 'step_speed']
+           'Board', 'TrainFolders', 'TrainResult', 'train_folders', 'train']
 
 # %% ../../nbs/430_training.classifier.ipynb #9c231ea4
 import time
@@ -327,97 +327,3 @@ def train(
         path = write_bundle(trainer, folders.bundle)
         predictions = predict_cohort(load_bundle(path, trainer.device), task.cohort, cache, config.batch_size)
     return TrainResult(history, predictions, path)
-
-# %% ../../nbs/430_training.classifier.ipynb #fa8765e0
-def bare_epoch(
-    model:nn.Module, optimizer, loader, normalize,  # Network, optimizer, batches, and uint8 images to float
-)->float:                                           # Mean loss per batch
-    "An epoch as ten bare lines of torch, to compare the trainer with"
-    model.train()
-    total = 0.
-    for batch in loader:
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(normalize(batch['image'])), batch['target'])
-        loss.backward()
-        optimizer.step()
-        total += loss.item()
-    return total/len(loader)
-
-# %% ../../nbs/430_training.classifier.ipynb #49a68ff6
-class _NoiseBatches(list):
-    "Batches of noise in memory, channels-last as a loader gives them"
-    def __init__(self, n_batches, batch_size, size):
-        generator = torch.Generator().manual_seed(0)
-        def noise(high, *shape): return torch.randint(0, high, shape, dtype=torch.uint8, generator=generator)
-        for _ in range(n_batches):
-            image = noise(256, batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
-            self.append(dict(image=image, target=noise(2, batch_size).long()))
-    def set_epoch(self, epoch): pass
-
-def _noise_normalize(images): return images.float().sub_(127.5).div_(64)
-
-class _NoiseTask(Task):
-    "SimpleCNN on noise"
-    def __init__(self, batches): self.batches = batches
-    def network(self): return create_model('simple_cnn').to(memory_format=torch.channels_last)
-    def loaders(self): return self.batches, self.batches
-    def size(self, batch): return len(batch['target'])
-    def loss(self, model, batch, seed): return nn.functional.cross_entropy(model(_noise_normalize(batch['image'])), batch['target'])
-
-# %% ../../nbs/430_training.classifier.ipynb #49b6e851
-def _alternately(functions, repeats):
-    "Seconds of each of two functions in each round, (repeats, 2), in alternating order, after a warm-up"
-    times = np.zeros((repeats+1, 2))
-    for r in range(repeats+1):
-        for k in ((0, 1), (1, 0))[r%2]:
-            start = time.perf_counter()
-            functions[k]()
-            times[r,k] = time.perf_counter() - start
-    return times[1:]
-
-def loop_cost(
-    size:int=128,           # Pixels
-    batch_size:int=32,      # Images per step
-    n_batches:int=4,        # Steps per epoch
-    repeats:int=11,         # Epochs of each, alternating; the median ratio counts
-)->dict:                    # ours and bare (seconds per epoch on the CPU), ratio
-    "Time an epoch of SimpleCNN by the trainer against the same epoch by `bare_epoch`"
-    batches = _NoiseBatches(n_batches, batch_size, size)
-    task = _NoiseTask(batches)
-    config = TrainerConfig(clip=0., epochs=repeats+1, device='cpu', precision='32-true')
-    trainer = Trainer(task, config, '.')
-    net = task.network()
-    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-    times = _alternately([lambda: trainer.train_epoch(0), lambda: bare_epoch(net, optimizer, batches, _noise_normalize)], repeats)
-    ours,bare = np.median(times, 0)
-    return dict(ours=float(ours), bare=float(bare), ratio=float(np.median(times[:,0]/times[:,1])))
-
-# %% ../../nbs/430_training.classifier.ipynb #b21f5b42
-def _timed_step(arch, batch, precision, layout):
-    "A function that makes one training step on the CPU"
-    from lightning_fabric import Fabric
-    net = create_model(arch).to(memory_format=layout)
-    fabric = Fabric(accelerator='cpu', devices=1, precision=precision)
-    fused = layout == torch.channels_last
-    model,optimizer = fabric.setup(net.train(), torch.optim.AdamW(net.parameters(), fused=fused))
-    x = _noise_normalize(batch['image']).contiguous(memory_format=layout)
-    def run():
-        optimizer.zero_grad()
-        fabric.backward(nn.functional.cross_entropy(model(x).float(), batch['target']))
-        optimizer.step()
-    return run
-
-def step_speed(
-    arch:str='resnet18',    # Any name of timm
-    batch_size:int=32,      # Images per step
-    size:int=224,           # Pixels
-    repeats:int=5,          # Steps of each, alternating; the median ratio counts
-)->dict:                    # picked and default (seconds per step on the CPU), ratio (above 1 is faster), precision
-    "Time a training step in the precision and layout that the trainer picks against torch's defaults"
-    precision = pick_precision('cpu')
-    batch = _NoiseBatches(1, batch_size, size)[0]
-    picked = _timed_step(arch, batch, precision, torch.channels_last)
-    default = _timed_step(arch, batch, '32-true', torch.contiguous_format)
-    times = _alternately([picked, default], repeats)
-    medians = np.median(times, 0)
-    return dict(picked=float(medians[0]), default=float(medians[1]), ratio=float(np.median(times[:,1]/times[:,0])), precision=precision)
