@@ -90,7 +90,8 @@ def read_npy(
         _check_npy(source, a, reading)
         check_pixels(source.name, a.shape[0]*a.shape[1], limits)
         if a.dtype.kind not in 'uifb': raise ImageError(source.name, 'unsupported', f'pixels of the type {a.dtype} are no numbers.')
-        return shown_between(source.name, np.array(a), reading.window)
+        a = np.array(a, np.float32 if a.dtype.kind == 'f' else a.dtype)
+        return shown_between(source.name, a, reading.window)
 
 def npy_size(
     source:Source,              # An NPY file

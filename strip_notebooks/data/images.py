@@ -236,13 +236,10 @@ def on_white(
 )->np.ndarray:              # (H, W, C - 1)
     "Colors composited on white by their opacity"
     top = 255 if a.dtype == np.uint8 else 1
-    def shown(rows):
-        rows = rows.astype(np.float32)
-        opacity = rows[..., -1:]/top
-        colors = rows[..., :-1] if multiplied else rows[..., :-1]*opacity
-        colors = np.minimum(colors + top*(1 - opacity), top)
-        return (colors + .5).astype(np.uint8) if top == 255 else colors
-    return by_rows(shown, a)
+    colors,opacity = a[..., :-1].astype(np.float32), a[..., -1:].astype(np.float32)/top
+    if not multiplied: colors *= opacity
+    colors = np.minimum(colors + top*(1 - opacity), top)
+    return (colors + .5).astype(np.uint8) if top == 255 else colors
 
 # %% ../../nbs/100_data.images.ipynb #55a541eb
 def unit_range(
@@ -267,11 +264,11 @@ def three_channels(
     a:np.ndarray,   # (H, W) or (H, W, C): grey, grey and opacity, RGB, RGB and opacity
 )->np.ndarray:      # (H, W, 3), uint8 0 to 255 or float32 0 to 1
     "Any picture as RGB on white; an `ImageError` for arrays that are no picture or have no stated range"
-    a = unit_range(name, a)
     if a.ndim == 2: a = a[..., None]
     if a.ndim != 3 or a.shape[-1] not in (1, 2, 3, 4) or 0 in a.shape:
         raise ImageError(name, 'unsupported', f'an array of the shape {a.shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
-    if a.shape[-1] in (2, 4): a = on_white(a)
+    if a.shape[-1] in (2, 4): a = by_rows(lambda rows: on_white(unit_range(name, rows)), a)
+    else: a = unit_range(name, a)
     return np.ascontiguousarray(np.broadcast_to(a, a.shape[:2] + (3,)))
 
 # %% ../../nbs/100_data.images.ipynb #246239a8

@@ -109,22 +109,20 @@ def _whole_range(page, a):
     bits = page.bitspersample if isinstance(page.bitspersample, int) else 8
     if a.dtype == bool or a.dtype.kind != 'u' or bits in (8, 16, 32, 64): return a
     top = 2**bits - 1
-    if bits < 8: return by_rows(lambda rows: (rows*(255/top) + .5).astype(np.uint8), a)
+    if bits < 8: return (a*(255/top) + .5).astype(np.uint8)
     return np.divide(a, top, dtype=np.float32)
 
 def _palette_colors(page, a):
     "The colors that the indices stand for"
     colors = (np.moveaxis(page.colormap, 0, -1) >> 8).astype(np.uint8)
-    return by_rows(lambda rows: colors[rows.astype(np.intp)], a)
+    return colors[a.astype(np.intp)]
 
 def _cmyk_colors(a):
     "Inks as colors, by the plain formula: what the ink and the black let through"
     top = 255 if a.dtype == np.uint8 else 1
-    def shown(rows):
-        through = 1 - rows[..., :4].astype(np.float32)/top
-        colors = through[..., :3]*through[..., 3:]
-        return (colors*255 + .5).astype(np.uint8) if top == 255 else colors
-    return by_rows(shown, a)
+    through = 1 - a[..., :4].astype(np.float32)/top
+    colors = through[..., :3]*through[..., 3:]
+    return (colors*255 + .5).astype(np.uint8) if top == 255 else colors
 
 def _ycbcr_colors(a):
     "RGB of luma and color differences, by ITU-R BT.601, uint8 as in Pillow"
@@ -160,19 +158,25 @@ def _colors(page, a):
     return a
 
 # %% ../../nbs/110_data.tiff.ipynb #691537bc
-def _shown_page(name, page, window):
-    "Pixels of a page as gray or RGB on white, not turned yet"
-    a = page.asarray(maxworkers=1)
-    if a.ndim == 3 and page.planarconfig.name == 'SEPARATE' and page.samplesperpixel > 1: a = np.moveaxis(a, 0, -1)
+def _shown_rows(name, page, window, a):
+    "Some rows of stored numbers as gray or RGB on white"
     a,opacity,multiplied = _split_opacity(name, page, a)
     if page.photometric.name == 'PALETTE': return shown_between(name, _colors(page, a), window)
-    if window:
-        if opacity is not None: raise ImageError(name, 'choice', 'it has an opacity channel, which a window cannot change; leave window out.')
-        return _colors(page, shown_between(name, a, window))            # of the stored numbers
+    if window and opacity is not None:
+        raise ImageError(name, 'choice', 'it has an opacity channel, which a window cannot change; leave window out.')
+    if window: return _colors(page, shown_between(name, a, window))
     a = _colors(page, unit_range(name, _whole_range(page, a)))
     if opacity is None: return a
     return on_white(np.concatenate([a, unit_range(name, _whole_range(page, opacity))], -1), multiplied)
 
+def _shown_page(name, page, window):
+    "Pixels of a page as gray or RGB on white, not turned yet"
+    a = page.asarray(maxworkers=1)
+    if a.ndim == 3 and page.planarconfig.name == 'SEPARATE' and page.samplesperpixel > 1: a = np.moveaxis(a, 0, -1)
+    if a.dtype == np.uint8 and a.shape[2:] == (3,) and page.photometric.name == 'RGB' and not window: return a     # as it is
+    return by_rows(lambda rows: _shown_rows(name, page, window, rows), a)
+
+# %% ../../nbs/110_data.tiff.ipynb #714307f4
 def read_tiff(
     source:Source,              # A TIFF
     reading:Reading=Reading(),
