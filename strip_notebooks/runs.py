@@ -63,13 +63,14 @@ def thread_count()->int: # At least 1
 
 # %% ../nbs/040_runs.ipynb #7b8c5f13
 def environment(
-    seed:int|None=None, # The run's seed, if it has one
-)->dict:                # Python, platform, processor, device, threads, commit, seed, and each package with its version
+    seed:int|None=None,     # The run's seed, if it has one
+    threads:int|None=None,  # Threads of one process; None asks the machine
+)->dict:                    # Python, platform, processor, device, threads, commit, seed, and each package with its version
     "What a result was made with"
     named = {d.metadata['Name'].lower(): d.version for d in distributions() if d.metadata['Name']}
     code = Path(__file__).parent if '__file__' in globals() else '.'
     return dict(python=platform.python_version(), platform=platform.platform(), processor=processor(),
-                device=device_name(), threads=thread_count(), commit=git_commit(code), seed=seed,
+                device=device_name(), threads=threads or thread_count(), commit=git_commit(code), seed=seed,
                 packages=dict(sorted(named.items())))
 
 # %% ../nbs/040_runs.ipynb #0543e500
@@ -177,6 +178,7 @@ def new_run(
     parameters:dict,    # What it is given
     root=None,          # The folder of all runs; None is the workspace's runs/
     notebook='',        # The user's own notebook that it executes; a copy is kept in the run
+    threads:int|None=None,  # Threads of one process; None asks the machine
 )->Run:                 # In the state 'running', by this process
     "Create a run folder that no earlier run has had"
     stamp = datetime.now(timezone.utc).strftime('%Y-%m-%d_%H%M%S')
@@ -189,7 +191,7 @@ def new_run(
     write_json(path/'status.json', asdict(status))
     run = Run(path)
     if notebook: write_text(run.source, Path(notebook).read_text(encoding='utf-8'))
-    write_json(path/'environment.json', environment(parameters.get('seed')))    # takes a second
+    write_json(path/'environment.json', environment(parameters.get('seed'), threads))   # takes a second
     return run
 
 # %% ../nbs/040_runs.ipynb #66a02cae
