@@ -132,17 +132,21 @@ def _values(volume, band):
 
 @dataclass
 class _Range:
-    "Lowest, highest and mean of the numbers that exist"
+    "Lowest, highest and mean of the values that exist"
     low:float = math.inf
     high:float = -math.inf
     total:float = 0.
     count:int = 0
-    def add(self, values):
-        "Count some more numbers"
-        self.low = min(self.low, np.fmin.reduce(values, None))
-        self.high = max(self.high, np.fmax.reduce(values, None))
-        self.total += np.nansum(values)
-        self.count += values.size - np.isnan(values).sum()
+    def add(self, volume, band, mean=False):
+        "Count the numbers of a band, for the mean only if asked for"
+        if mean:
+            values = _values(volume, band)
+            self.total += np.nansum(values)
+            self.count += values.size - np.isnan(values).sum()
+        elif not volume.is_color:
+            ends = [float(f.reduce(band, None))*volume.slope + volume.inter for f in (np.fmin, np.fmax)]
+            self.low = min(self.low, *ends)
+            self.high = max(self.high, *ends)
 
 # %% ../../nbs/120_data.nifti.ipynb #aa0b85ba
 def _pass(source, volume, limits, number, index=None, measured=False):
@@ -153,7 +157,7 @@ def _pass(source, volume, limits, number, index=None, measured=False):
     seen = _Range()
     one_piece = across == 2 and not measured
     for rows,band in _bands(source, volume, limits, number, range(index*j, (index + 1)*j) if one_piece else range(j*k)):
-        if measured: seen.add(_values(volume, band))
+        if measured: seen.add(volume, band, index is None)
         if index is not None: _collect(volume, across, index, rows, band, out)
     return out, seen
 
