@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['bundle_kinds', 'bundle_version', 'bundle_runtimes', 'json_bytes', 'BundleError', 'Calibration', 'ClassifierSpec',
            'register_kind', 'check_spec', 'save_bundle', 'register_runtime', 'spec_preprocessing', 'torch_parts',
-           'TorchRuntime', 'Bundle', 'make_bundle', 'load_bundle', 'class_probabilities', 'derive_bundle',
-           'check_cache', 'predict_cohort']
+           'TorchRuntime', 'Bundle', 'make_bundle', 'load_bundle', 'class_probabilities', 'changed_bundle',
+           'derive_bundle', 'check_cache', 'predict_cohort']
 
 # %% ../nbs/310_bundle.ipynb #e770f46b
 import hashlib, json, re
@@ -427,6 +427,17 @@ def _changed(spec, changes):
     if changes.get('positive', spec['positive']) != spec['positive'] and 'threshold' not in changes:
         raise BundleError('The threshold belongs to the positive class; give both `positive` and `threshold`.')
     return {**spec, **changes}
+
+# %% ../nbs/310_bundle.ipynb #489c23e0
+def changed_bundle(
+    bundle:Bundle,  # A bundle
+    **changes,      # Fields of the specification, such as calibration=dict(temperature=2.)
+)->Bundle:          # The same network with another specification, in memory
+    "What a derived bundle would predict, before it is written"
+    if built := [c for c in ('arch', 'in_channels', 'classes', 'preprocessing') if c in changes]:
+        raise BundleError(f'The runtime was loaded for another {built[0]}; use `derive_bundle` and load the new bundle.')
+    spec = check_spec(_changed(bundle.spec, changes), bundle.kind)
+    return Bundle(spec, bundle.engine, bundle.runtime, bundle.kind)
 
 # %% ../nbs/310_bundle.ipynb #af8c7ef3
 def derive_bundle(

@@ -74,8 +74,9 @@ def runs_command(
     if len(args.compare) != 2: raise StripError('`clot runs A B` compares two runs; give two names.')
     from strip_notebooks.experiments import find_run
     from strip_notebooks.metrics.compare import compare
+    from strip_notebooks.predictions import aggregate_patients
     tables = [find_run(r, 'train', args.runs).predictions.query("split == 'test'") for r in args.compare]
-    print(compare(*tables).round(3).to_string(na_rep=''))
+    print(compare(*map(aggregate_patients, tables)).round(3).to_string(na_rep=''))
 
 # %% ../nbs/990_cli.ipynb #ee746d6e
 def demo_command(

@@ -159,7 +159,7 @@ def result_section(
 )->str:             # HTML
     "The numbers by patient with their intervals, the curves, the centers"
     folder,m = evaluated.path,evaluated.metrics
-    answer = dict(mean='the mean of', vote='the vote of', max='the surest among')[evaluated.parameters['how']]
+    answer = dict(mean='the mean of', vote='the vote of', max='the surest among')[m['how']]
     found = 'Each class in its turn: the share of its patients that was found, and of those called so, the share that was right'
     if len(m['classes']) > 2: found += '; here a patient is called what is most probable'
     def table(name, caption, dtype):

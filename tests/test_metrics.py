@@ -12,7 +12,8 @@ from strip_notebooks.core import StripError
 from strip_notebooks.metrics import figures
 from strip_notebooks.metrics.compare import compare
 from strip_notebooks.operating import choose_threshold
-from strip_notebooks.metrics.scores import center_table, class_table, metric_names, metric_values, scikit_learn_values, scores
+from strip_notebooks.metrics.scores import (center_table, class_table, image_scores, metric_names, metric_values, scikit_learn_values,
+                                            scores)
 from strip_notebooks.predictions import aggregate_patients, load_predictions, make_predictions, save_predictions
 from strip_notebooks.statistics import Estimate, bootstrap_weights, delong_interval, delong_paired, permutation_p, wilson_interval
 
@@ -63,7 +64,7 @@ def test_intervals_are_the_quantiles_of_a_plain_loop_over_patients():
     "By image: all images of a patient are drawn together"
     from sklearn.metrics import roc_auc_score
     table = predictions(40, seed=4)
-    got = scores(table, level='image', n_resamples=60, seed=9).loc['roc_auc']
+    got = image_scores(table, n_resamples=60, seed=9).loc['roc_auc']
     groups = [g for _,g in table.groupby('patient_id')]                     # patients by id
     weights = bootstrap_weights(np.array([g.label.iloc[0] == 'LAA' for g in groups]).astype(int), 60, 9).astype(int)
     drawn = []
@@ -77,12 +78,14 @@ def test_intervals_are_the_quantiles_of_a_plain_loop_over_patients():
 @pytest.mark.parametrize('level', ['patient', 'image'])
 def test_the_order_of_rows_changes_nothing(level):
     table = predictions(50, seed=5)
-    a,b = (scores(t, level=level, n_resamples=80, train_prior=.27) for t in (table, table.sample(frac=1, random_state=1)))
+    if level == 'patient': table = aggregate_patients(table)
+    of = dict(patient=scores, image=image_scores)[level]
+    a,b = (of(t, n_resamples=80, train_prior=.27) for t in (table, table.sample(frac=1, random_state=1)))
     pd.testing.assert_frame_equal(a, b, rtol=1e-12)
 
 
 def test_the_other_class_as_positive_mirrors_the_table():
-    table = predictions(80, seed=6)
+    table = aggregate_patients(predictions(80, seed=6))
     a,b = scores(table, n_resamples=50), scores(table, n_resamples=50, positive='CE')
     for one,other in (('roc_auc', 'roc_auc'), ('sensitivity', 'specificity'), ('ppv', 'npv'), ('mcc', 'mcc'), ('accuracy', 'accuracy'), ('brier', 'brier'), ('weighted_log_loss', 'weighted_log_loss')):
         np.testing.assert_allclose(a.value[one], b.value[other], atol=1e-12, err_msg=one)
@@ -136,31 +139,33 @@ def test_from_predictions_to_a_verdict(tmp_path):
 
     threshold = choose_threshold(back['validation'])
     with pytest.raises(StripError, match="test patients"): choose_threshold(back['test'])
-    table = scores(back['test'], threshold=threshold, train_prior=.27, n_resamples=400)
-    assert (table.low <= table.value).all() and (table.value <= table.high).all() and table.attrs['patients'] == 150
     patients = aggregate_patients(back['test'])
-    pd.testing.assert_frame_equal(scores(patients, threshold=threshold, train_prior=.27, n_resamples=400), table)
+    table = scores(patients, threshold=threshold, train_prior=.27, n_resamples=400)
+    assert (table.low <= table.value).all() and (table.value <= table.high).all() and table.attrs['patients'] == 150
 
-    verdicts = compare(back['test'], back['worse'], (threshold, .5), n_resamples=400)
+    worse = aggregate_patients(back['worse'])
+    verdicts = compare(patients, worse, (threshold, .5), n_resamples=400)
     assert verdicts.verdict['roc_auc'] == verdicts.verdict['weighted_log_loss'] == 'first is better' and verdicts.attrs['delong_p'] < .001
-    turned = compare(back['worse'], back['test'], (.5, threshold), n_resamples=400)
+    turned = compare(worse, patients, (.5, threshold), n_resamples=400)
     np.testing.assert_allclose(turned.difference, -verdicts.difference, atol=1e-12)
     np.testing.assert_allclose(turned.low, -verdicts.high, atol=1e-12)
     assert turned.verdict['roc_auc'] == 'second is better'
     np.testing.assert_allclose(verdicts['first'], table.value[verdicts.index], atol=1e-12)
-    same = compare(back['test'], back['test'].sample(frac=1, random_state=0), n_resamples=100)
+    same = compare(patients, patients.sample(frac=1, random_state=0), n_resamples=100)
     assert set(same.verdict) == {'not distinguishable'} and np.allclose(same.difference, 0, atol=1e-12)
 
-    centers = center_table(back['test'], n_resamples=100)
+    centers = center_table(patients, n_resamples=100).query("metric == 'roc_auc'")
     assert centers.patients.sum() == 150 and list(centers.center) == ['00', '01', '02']
-    classes = class_table(back['test'], threshold=threshold, n_resamples=400).set_index('class')
-    assert classes.patients.sum() == 150
-    for c,column,metric in (('LAA', 'found', 'sensitivity'), ('CE', 'found', 'specificity'), ('LAA', 'precision', 'ppv'), ('CE', 'precision', 'npv'), ('CE', 'roc_auc', 'roc_auc')):
-        assert tuple(classes[column][c]) == tuple(table.loc[metric, ['value', 'low', 'high']])        # one table, seen from both sides
+    classes = class_table(patients, threshold=threshold, n_resamples=400).set_index(['class', 'metric'])
+    assert classes.xs('roc_auc', level='metric').patients.sum() == 150
+    for c,shown,metric in (('LAA', 'sensitivity', 'sensitivity'), ('CE', 'sensitivity', 'specificity'), ('LAA', 'precision', 'ppv'),
+                           ('CE', 'precision', 'npv'), ('CE', 'roc_auc', 'roc_auc')):
+        ours,theirs = classes.loc[(c, shown)], table.loc[metric]                # one table, seen from both sides
+        assert ours[['value', 'low', 'high']].tolist() == theirs[['value', 'low', 'high']].tolist()
 
 
 def test_figures_show_the_numbers_of_the_table():
-    table = predictions(100, seed=7)
+    table = aggregate_patients(predictions(100, seed=7))
     found = scores(table, n_resamples=200)
     text = {}
     for draw in FIGURES:
@@ -193,7 +198,7 @@ def test_bands_are_the_quantiles_of_a_loop_over_resamples():
         first = next(t for t in np.unique(b)[::-1] if a[b >= t].sum() >= a.sum()/2)     # the highest threshold that finds half
         precision.append(a[b >= first].mean())
     for draw,at,values in ((figures.roc_figure, .3, found), (figures.pr_figure, .5, precision)):
-        fig = draw(table, n_resamples=50)
+        fig = draw(patients, n_resamples=50)
         corners = fig.axes[0].collections[0].get_paths()[0].vertices
         ends = corners[np.isclose(corners[:, 0], at), 1]
         np.testing.assert_allclose([ends.min(), ends.max()], np.quantile(values, [.025, .975]), atol=1e-9)
@@ -204,7 +209,7 @@ def test_bands_are_the_quantiles_of_a_loop_over_resamples():
 
 def test_one_class_is_said_and_not_guessed():
     table = predictions(30, seed=8)
-    table = table[table.label == 'CE']
+    table = aggregate_patients(table[table.label == 'CE'])
     with warnings.catch_warnings():
         warnings.simplefilter('error', RuntimeWarning); warnings.simplefilter('error', UserWarning)
         found = scores(table, n_resamples=50)
@@ -219,8 +224,7 @@ def test_no_width_is_not_certainty():
     right = (table.label == 'LAA').to_numpy()*.8 + .1
     table = table.assign(p_LAA=right, p_CE=1 - right)
     positives = table[table.label == 'LAA'].patient_id.nunique()
-    for level in ('patient', 'image'):
-        found = scores(table, level=level, n_resamples=50)
+    for found in (scores(aggregate_patients(table), n_resamples=50), image_scores(table, n_resamples=50)):
         for metric,n in dict(sensitivity=positives, ppv=positives, specificity=40 - positives, npv=40 - positives, accuracy=40).items():
             np.testing.assert_allclose(found.loc[metric, ['value', 'low', 'high']].astype(float), [1, *wilson_interval(n, n)], atol=1e-12)
         assert str(Estimate(*found.loc['roc_auc', ['value', 'low', 'high']])) == '1.00 (the same in every resample)'
@@ -228,8 +232,8 @@ def test_no_width_is_not_certainty():
 
 def test_no_patients_is_said():
     table = predictions(20)[:0]
-    for level in ('patient', 'image'):
-        with pytest.raises(StripError, match='no predictions'): scores(table, level=level)
+    with pytest.raises(StripError, match='no predictions'): scores(aggregate_patients(table))
+    with pytest.raises(StripError, match='no predictions'): image_scores(table)
 
 
 def test_many_patients_take_little_memory():
@@ -237,7 +241,7 @@ def test_many_patients_take_little_memory():
     import tracemalloc
     table = predictions(3000, images=4)
     tracemalloc.start()
-    scores(table, level='image', n_resamples=1000)
+    image_scores(table, n_resamples=1000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2*1000*len(table)*8                                       # all at once would take six such matrices
@@ -246,23 +250,24 @@ def test_many_patients_take_little_memory():
 def test_patients_without_a_center_are_not_left_out():
     table = predictions(40)
     table['center_id'] = np.where(table.patient_id.str[1:].astype(int) < 30, 'A', None)
-    centers = center_table(table, n_resamples=50).set_index('center')
+    centers = center_table(aggregate_patients(table), n_resamples=50).query("metric == 'roc_auc'").set_index('center')
     assert centers.patients.to_dict() == {'A': 30, 'unknown': 10}
 
 
 def test_a_few_patients_of_each_class():
-    table = predictions(6, seed=11)
+    table = aggregate_patients(predictions(6, seed=11))
     assert set(table.label) == {'CE', 'LAA'}
     with warnings.catch_warnings():
         warnings.simplefilter('error', RuntimeWarning); warnings.simplefilter('error', UserWarning)
         found = scores(table, n_resamples=50)
         assert 0 <= found.value['roc_auc'] <= 1
-        assert center_table(table, n_resamples=50).roc_auc.map(lambda e: np.isnan(e.value)).all()      # refused, with the reason
+        centers = center_table(table, n_resamples=50)
+        assert centers.value.isna().all() and centers.note.str.startswith('too few').all()
         for draw in FIGURES: plt.close(draw(table))
 
 
 def test_patients_that_differ_are_not_compared():
-    table = predictions(30, seed=9)
+    table = aggregate_patients(predictions(30, seed=9))
     with pytest.raises(StripError, match='same patients'): compare(table, table[table.patient_id != 'p0'])
     other = table.copy(); other['label'] = np.where(other.patient_id == 'p0', np.where(other.label == 'CE', 'LAA', 'CE'), other.label)
     with pytest.raises(StripError, match='another label'): compare(table, other)
@@ -273,10 +278,11 @@ def test_three_classes_are_scored_one_against_the_others():
     rng = np.random.default_rng(0)
     p = rng.dirichlet([1, 1, 1], 90)
     cohort = pd.DataFrame(dict(image_id=[f'i{i}' for i in range(90)], patient_id=[f'p{i}' for i in range(90)], label=np.array(['CE', 'LAA', 'Other'])[p.argmax(1)]))
-    table = make_predictions(cohort, p, ['CE', 'LAA', 'Other'])
+    table = aggregate_patients(make_predictions(cohort, p, ['CE', 'LAA', 'Other']))
     from sklearn.metrics import roc_auc_score
     for c in ('CE', 'LAA', 'Other'): np.testing.assert_allclose(scores(table, positive=c, n_resamples=20).value['roc_auc'], roc_auc_score(table.label == c, table['p_' + c]), atol=1e-12)
     classes = class_table(table, n_resamples=20)
-    assert classes.patients.sum() == 90 and all(e.value == 1 for e in classes.found)       # each label is the most probable class
+    sensitivity = classes[classes.metric == 'sensitivity']
+    assert sensitivity.patients.sum() == 90 and (sensitivity.value == 1).all()              # each label is the most probable class
     assert compare(table, table, n_resamples=20).verdict['roc_auc'] == 'not distinguishable'
     for draw in FIGURES: plt.close(draw(table))
