@@ -6,11 +6,11 @@
 __all__ = ['bundle_kinds', 'bundle_version', 'bundle_runtimes', 'json_bytes', 'BundleError', 'Calibration', 'ClassifierSpec',
            'register_kind', 'check_spec', 'save_bundle', 'register_runtime', 'spec_preprocessing', 'torch_parts',
            'TorchRuntime', 'Bundle', 'make_bundle', 'load_bundle', 'class_probabilities', 'changed_bundle',
-           'derive_bundle', 'check_cache', 'predict_cohort']
+           'derive_bundle', 'check_cache', 'read_pixels', 'predict_cohort']
 
 # %% ../nbs/310_bundle.ipynb #e770f46b
 import hashlib, json, re
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fastcore.basics import chunked, patch
 
 from .core import StripError, atomic_path, nearest, plural, write_json
-from .processes import parallel_map
+from .data.cohort import cohort_readings
+from .data.decoding import decode
 from .data.formats import read_image
 from .data.preprocess import Preprocessing
 from .predictions import make_predictions
@@ -82,7 +83,7 @@ def check_spec(
     "A valid specification; a `BundleError` that names each wrong field if it is not"
     if kind not in bundle_kinds:
         raise BundleError(f'The bundle is of kind {kind!r}, which is unknown here{nearest(kind, bundle_kinds)}')
-    if is_dataclass(spec.get('preprocessing')): spec = {**spec, 'preprocessing': asdict(spec['preprocessing'])}
+    if isinstance(spec.get('preprocessing'), Preprocessing): spec = {**spec, 'preprocessing': spec['preprocessing'].to_dict()}
     try: return bundle_kinds[kind].model_validate(json.loads(json.dumps(spec))).model_dump()
     except ValidationError as e:
         raise BundleError("The bundle's specification is wrong: " + _sentence(e)) from None
@@ -462,19 +463,27 @@ def check_cache(
     preprocessing,      # How its pixels should have been preprocessed
 )->None:
     "Raise a `BundleError` if the pixels of a cache were preprocessed in another way"
-    if any(getattr(cache.preprocessing, k) != getattr(preprocessing, k) for k in ('size', 'fit', 'stain', 'clahe')):
+    if any(getattr(cache.preprocessing, k) != getattr(preprocessing, k) for k in ('size', 'fit', 'stain', 'clahe', 'reading')):
         raise BundleError('The cache was built with another preprocessing than the one needed here; '
                           'build it again with this one.')
 
 # %% ../nbs/310_bundle.ipynb #a07eeeb1
-def _read_pixels(preprocessing, path):
-    "The preprocessed pixels of a file"
-    return preprocessing.pixels(read_image(path))
+def read_pixels(
+    preprocessing:Preprocessing,    # The bundle's
+    item,                           # Path, and the `Reading` of its image
+)->np.ndarray:                      # (S, S, 3) uint8
+    "The preprocessed pixels of a file, in a worker"
+    path,reading = item
+    return preprocessing.pixels(read_image(path, reading))
 
 def _file_pixels(bundle, cohort, batch_size):
-    "The preprocessed pixels of a cohort's files, in batches; workers decode"
-    pixels = parallel_map(partial(_read_pixels, bundle.preprocessing), cohort['path'], 'predict')
-    for some in chunked(pixels, batch_size): yield np.stack(some)
+    "The preprocessed pixels of a cohort's files, in batches; an `ImageError` if one cannot be read"
+    items = list(zip(cohort['path'], cohort_readings(cohort, bundle.preprocessing.reading)))
+    found = decode(partial(read_pixels, bundle.preprocessing), items, 'predicting', name=lambda item: str(item[0]))
+    for some in chunked(found, batch_size):
+        failed = [f.error for f in some if f.error]
+        if failed: raise failed[0]
+        yield np.stack([f.value for f in some])
 
 def _cache_pixels(cache, cohort, batch_size):
     "The pixels of a cohort's images in a cache, in batches"

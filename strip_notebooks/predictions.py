@@ -46,7 +46,8 @@ def _gaps(column):
     return (text.isna() | (text.str.strip() == '')).to_numpy(bool)
 
 def _check_ids(predictions, labeled):
-    "`PredictionsError` unless each row has a patient and, if `labeled`, a label"
+    "`PredictionsError` unless each row has a patient and, if `labeled`, there are rows and each has a label"
+    if labeled and not len(predictions): raise PredictionsError('There are no predictions; is the split empty?')
     if labeled and 'label' not in predictions:
         raise PredictionsError('The predictions have no labels, and metrics need to know what is true; '
                                'add a column label.')
@@ -205,7 +206,6 @@ def class_arrays(
 )->tuple:                       # y (N,) 0 or 1, p (N,) from 0 to 1
     "Label and rescaled probability of the positive class for each row; a `PredictionsError` without rows or labels"
     positive = positive_class(predictions, positive)
-    if not len(predictions): raise PredictionsError('There are no predictions; is the split empty?')
     _check_ids(predictions, labeled=True)
     total = predictions[['p_' + c for c in classes_of(predictions)]].to_numpy(float).sum(1)
     return (predictions.label == positive).to_numpy(int), predictions['p_' + positive].to_numpy(float)/total
