@@ -6,14 +6,14 @@
 __all__ = ['image_format', 'read_npy', 'npy_size', 'read_image', 'image_size', 'write_image']
 
 # %% ../../nbs/130_data.formats.ipynb #236ed1e0
-import gzip, zlib
+import gzip
 from pathlib import Path
 
 import numpy as np
 
 from ..core import atomic_path, content_hash
 from .dicom import dicom_size, read_dicom
-from .images import (ImageError, Limits, Reading, Source, check_choice, check_pixels, check_window, forbidden, guarded, image_errors,
+from .images import (ImageError, Limits, Reading, Source, check_choice, check_pixels, check_window, guarded, image_errors,
     image_suffixes, open_source, shown_between, three_channels)
 from .nifti import nifti_size, read_nifti
 from .raster import raster_size, read_raster
@@ -43,10 +43,7 @@ def _head(source):
 
 def _known_format(source):
     "The format of a source whose size has been checked"
-    try: head,packed = _head(source)
-    except PermissionError: raise forbidden(source.name) from None
-    except (OSError, EOFError, zlib.error) as e:
-        raise ImageError(source.name, 'corrupt', f'it cannot be read ({type(e).__name__}); copy it again from its source.') from None
+    with image_errors(source.name): head,packed = _head(source)
     kind = _format_of(head, source.suffix)
     if packed and kind not in (None, 'nifti'):
         raise ImageError(source.name, 'unsupported', f'it is a {kind} file packed by gzip; unpack it (gunzip) first.')
