@@ -83,7 +83,8 @@ def check_spec(
     "A valid specification; a `BundleError` that names each wrong field if it is not"
     if kind not in bundle_kinds:
         raise BundleError(f'The bundle is of kind {kind!r}, which is unknown here{nearest(kind, bundle_kinds)}')
-    if isinstance(spec.get('preprocessing'), Preprocessing): spec = {**spec, 'preprocessing': spec['preprocessing'].to_dict()}
+    preprocessing = spec.get('preprocessing')
+    if isinstance(preprocessing, Preprocessing): spec = {**spec, 'preprocessing': preprocessing.to_dict()}
     try: return bundle_kinds[kind].model_validate(json.loads(json.dumps(spec))).model_dump()
     except ValidationError as e:
         raise BundleError("The bundle's specification is wrong: " + _sentence(e)) from None
@@ -436,7 +437,8 @@ def changed_bundle(
 )->Bundle:          # The same network with another specification, in memory
     "What a derived bundle would predict, before it is written"
     if built := [c for c in ('arch', 'in_channels', 'classes', 'preprocessing') if c in changes]:
-        raise BundleError(f'The runtime was loaded for another {built[0]}; use `derive_bundle` and load the new bundle.')
+        raise BundleError(f'The runtime was loaded for another {built[0]}; '
+                          'use `derive_bundle` and load the new bundle.')
     spec = check_spec(_changed(bundle.spec, changes), bundle.kind)
     return Bundle(spec, bundle.engine, bundle.runtime, bundle.kind)
 
@@ -463,7 +465,8 @@ def check_cache(
     preprocessing,      # How its pixels should have been preprocessed
 )->None:
     "Raise a `BundleError` if the pixels of a cache were preprocessed in another way"
-    if any(getattr(cache.preprocessing, k) != getattr(preprocessing, k) for k in ('size', 'fit', 'stain', 'clahe', 'reading')):
+    made = cache.preprocessing
+    if any(getattr(made, k) != getattr(preprocessing, k) for k in ('size', 'fit', 'stain', 'clahe', 'reading')):
         raise BundleError('The cache was built with another preprocessing than the one needed here; '
                           'build it again with this one.')
 
