@@ -217,8 +217,13 @@ def _workers(size, replace=None):
 # %% ../nbs/010_processes.ipynb #fecb4de8
 def _end():
     "End the workers when this process ends"
+    import multiprocessing
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if _crew and _crew.pid == os.getpid(): _crew.stop()
+    if not _crew or _crew.pid != os.getpid(): return
+    _crew.pool.stop()                                               # so that no worker is replaced
+    for process in multiprocessing.active_children():
+        if process.name == 'pebble_pool_worker': process.kill()     # also those that are still starting, which would complain
+    _crew.stop()
 
 def _at_exit():
     "Call `_end` before pebble and multiprocessing wait for their processes"
