@@ -279,11 +279,12 @@ def scikit_learn_values(
     weights,            # (B, N) copies of each row in each resample
 )->dict:                # Metric -> (B,)
     "The same as `metric_values` by a loop over scikit-learn's functions: slow, and the reference for its tests"
+    from strip_notebooks.metrics.scores import metric_names
     rows = []
     for w in np.asarray(weights).astype(int):
         a, b = np.repeat(y, w), np.repeat(p, w)
         rows.append(_decision_metrics(a, b >= threshold) | _probability_metrics(a, b, train_prior))
-    return {n: np.array([r[n] for r in rows]) for n in rows[0]}
+    return {n: np.array([r[n] for r in rows]) for n in metric_names}
 
 # %% ../nbs/910_benchmarks.ipynb #0271897b
 def compare_bootstraps(

@@ -12,8 +12,8 @@ from strip_notebooks.core import StripError
 from strip_notebooks.metrics import figures
 from strip_notebooks.metrics.compare import compare
 from strip_notebooks.operating import choose_threshold
-from strip_notebooks.metrics.scores import (center_table, class_table, image_scores, metric_names, metric_values, scikit_learn_values,
-                                            scores)
+from strip_notebooks.benchmarks import scikit_learn_values
+from strip_notebooks.metrics.scores import (center_table, class_table, image_scores, metric_names, metric_values, scores)
 from strip_notebooks.predictions import aggregate_patients, load_predictions, make_predictions, save_predictions
 from strip_notebooks.statistics import Estimate, bootstrap_weights, delong_interval, delong_paired, permutation_p, wilson_interval
 
