@@ -10,7 +10,8 @@ import numpy as np
 
 from .dicom_frames import by_rows, frame_layout, stored_frames
 from .dicom_header import dicom_file, without_pixels
-from .images import ImageError, Limits, Reading, Source, check_choice, check_pixels, open_source, windowed
+from .images import (ImageError, Limits, Reading, Source, check_choice, check_pixels, open_source,
+                                         windowed)
 
 # %% ../../nbs/115_data.dicom.ipynb #2e1b85ac
 def _descriptor(ds, keyword, signed):
@@ -23,6 +24,7 @@ def _descriptor(ds, keyword, signed):
     if not 1 <= bits <= 16: raise ValueError('bits of a look-up table')
     return count or 2**16, first, bits
 
+# %% ../../nbs/115_data.dicom.ipynb #d0a2cd44
 def _entries(ds, keyword, bits, count=None):
     "Entries of a table: words, or bytes where there are no more bytes than `count`"
     from pydicom.tag import Tag
@@ -47,6 +49,7 @@ def _expanded(
     if len(out) != count: raise ValueError('a segmented table of another length')
     return np.array(out, segments.dtype)
 
+# %% ../../nbs/115_data.dicom.ipynb #714cc883
 def _segment(codes, at, out, count, bits, nested=False):
     "Append the entries of one segment to `out`; where the next begins"
     kind,n = codes[at], codes[at + 1]
@@ -73,11 +76,12 @@ def _looked_up(
     "The entries for numbers"
     return entries[np.clip(np.floor(a).astype(np.int64) - first, 0, len(entries) - 1)]
 
+# %% ../../nbs/115_data.dicom.ipynb #48a79552
 def _table(
     ds,             # Item of a look-up table sequence
     signed:bool,    # The numbers looked up may be negative
 )->tuple:           # first number, entries (n,), bits of an entry
-    "A look-up table of grey values"
+    "A look-up table of gray values"
     count,first,bits = _descriptor(ds, 'LUTDescriptor', signed)
     entries = _entries(ds, 'LUTData', bits, count)[:count]
     if len(entries) < count: raise ValueError('a look-up table is too short')
@@ -99,11 +103,13 @@ def _palette(ds, signed):
 # %% ../../nbs/115_data.dicom.ipynb #370d0d49
 _display = 'RescaleSlope', 'RescaleIntercept', 'WindowCenter', 'WindowWidth', 'VOILUTSequence', 'ModalityLUTSequence'
 
+# %% ../../nbs/115_data.dicom.ipynb #797b0d67
 def _number(value):
     "The number, or the first of several"
     from pydicom.multival import MultiValue
     return float(value[0] if isinstance(value, MultiValue) else value)
 
+# %% ../../nbs/115_data.dicom.ipynb #63dabef5
 def _of_frame(header, index):
     "The data set with the rescaling and window of one frame at the top"
     from pydicom import Dataset
@@ -131,8 +137,9 @@ def _modality(ds, layout):
     slope,intercept = _number(ds.get('RescaleSlope', 1)), _number(ds.get('RescaleIntercept', 0))
     return lambda a: a*slope + intercept, tuple(sorted([low*slope + intercept, high*slope + intercept]))
 
+# %% ../../nbs/115_data.dicom.ipynb #fbd5c372
 def _window_function(ds):
-    "A function from rescaled numbers to grey 0 to 1, by the window of the file"
+    "A function from rescaled numbers to gray 0 to 1, by the window of the file"
     center,width = _number(ds.WindowCenter), _number(ds.WindowWidth)
     kind = ds.get('VOILUTFunction', 'LINEAR')
     if kind == 'SIGMOID': return lambda a: 1/(1 + np.exp(np.clip(-4*(a - center)/width, -700, 700)))
@@ -143,7 +150,7 @@ def _window_function(ds):
 
 # %% ../../nbs/115_data.dicom.ipynb #c03547ea
 def _voi(ds, window, lowest_highest):
-    "A function from rescaled numbers to grey 0 to 1: by the given window, the table or window of the file, or the range of its bits"
+    "A function from rescaled numbers to gray 0 to 1: by the window given, the table or window of the file, or its bits"
     if window: return lambda a: windowed(a, window)
     if 'VOILUTSequence' in ds:
         first,entries,bits = _table(ds.VOILUTSequence[0], lowest_highest[0] < 0)
@@ -151,11 +158,14 @@ def _voi(ds, window, lowest_highest):
     if 'WindowCenter' in ds: return _window_function(ds)
     return lambda a: windowed(a, lowest_highest)
 
-def _grey(name, ds, layout, a, window):
-    "Grey of stored numbers: uint8 where they are shown as they are, else float32 from 0 to 1"
+# %% ../../nbs/115_data.dicom.ipynb #621c02ca
+def _gray(name, ds, layout, a, window):
+    "Gray of stored numbers: uint8 where they are shown as they are, else float32 from 0 to 1"
     if a.dtype.kind == 'f' and not window and 'WindowCenter' not in ds:
-        raise ImageError(name, 'range', 'it holds floating-point numbers without a stated range; give window=(low, high).')
-    changed = window or layout.signed or a.dtype.kind == 'f' or any(k in ds for k in ('WindowCenter', 'VOILUTSequence', 'ModalityLUTSequence'))
+        raise ImageError(name, 'range', 'it holds floating-point numbers without a stated range; '
+                                        'give window=(low, high).')
+    described = any(k in ds for k in ('WindowCenter', 'VOILUTSequence', 'ModalityLUTSequence'))
+    changed = window or described or layout.signed or a.dtype.kind == 'f'
     inverted = layout.photometric == 'MONOCHROME1'
     if not changed and layout.stored == 8 and _number(ds.get('RescaleSlope', 1)) > 0:
         a = a.astype(np.uint8)
@@ -163,8 +173,8 @@ def _grey(name, ds, layout, a, window):
     rescale,range_ = _modality(ds, layout)
     show = _voi(ds, window, range_)
     def shown(rows):
-        grey = np.nan_to_num(show(rescale(rows.astype(np.float64))), nan=0)    # NaN: outside of what was scanned
-        return 1 - grey if inverted else grey
+        gray = np.nan_to_num(show(rescale(rows.astype(np.float64))), nan=0)    # NaN: outside of what was scanned
+        return 1 - gray if inverted else gray
     return by_rows(shown, a, np.float32)
 
 # %% ../../nbs/115_data.dicom.ipynb #20be74a9
@@ -173,21 +183,23 @@ def _colored(ds, layout, a):
     first,colors = _palette(ds, layout.signed)
     return by_rows(lambda rows: _looked_up(rows, colors, first), a, np.uint8, (*a.shape, 3))
 
-def _with_supplement(ds, layout, a, grey):
-    "Grey values, in the colors of the palette from its first entry up"
+# %% ../../nbs/115_data.dicom.ipynb #43bf75f5
+def _with_supplement(ds, layout, a, gray):
+    "Gray values, in the colors of the palette from its first entry up"
     first,colors = _palette(ds, layout.signed)
-    if grey.dtype != np.uint8: grey = by_rows(lambda rows: rows*255 + .5, grey, np.uint8)
-    picture = np.repeat(grey[..., None], 3, -1)
+    if gray.dtype != np.uint8: gray = by_rows(lambda rows: rows*255 + .5, gray, np.uint8)
+    picture = np.repeat(gray[..., None], 3, -1)
     picture[a >= first] = _looked_up(a[a >= first], colors, first)
     return picture
 
+# %% ../../nbs/115_data.dicom.ipynb #1cf57198
 def _picture(name, ds, layout, a, window):
-    "The stored numbers of one frame as colors or grey"
+    "The stored numbers of one frame as colors or gray"
     if layout.photometric == 'PALETTE COLOR': return _colored(ds, layout, a)
     if layout.samples == 1:
-        grey = _grey(name, ds, layout, a, window)
+        gray = _gray(name, ds, layout, a, window)
         supplement = 'RedPaletteColorLookupTableDescriptor' in ds and ds.get('PixelPresentation') in ('COLOR', 'MIXED')
-        return _with_supplement(ds, layout, a, grey) if supplement else grey
+        return _with_supplement(ds, layout, a, gray) if supplement else gray
     if layout.stored == 8: return a.astype(np.uint8, copy=False)
     return by_rows(lambda rows: rows/(2**layout.stored - 1), a, np.float32)
 
@@ -195,7 +207,7 @@ def _picture(name, ds, layout, a, window):
 def read_dicom(
     source:Source,              # A DICOM file
     reading:Reading=Reading(),  # The frame ('all' for every one), and the window in rescaled numbers
-    limits:Limits=Limits(),
+    limits:Limits=Limits(),     # What is refused
 )->np.ndarray:                  # (H, W) or (H, W, 3), uint8 or float32 0 to 1; a list of them for `frame='all'`
     "One frame of a file, or all, as the sender meant them to be seen"
     with dicom_file(source, limits, reading.frame) as header:
@@ -203,7 +215,8 @@ def read_dicom(
         check_choice(source.name, reading.level, 1, 'level')
         layout = frame_layout(header)
         every = reading.frame == 'all'
-        indices = range(layout.frames) if every else [check_choice(source.name, reading.frame or 0, layout.frames, 'frame')]
+        if every: indices = range(layout.frames)
+        else: indices = [check_choice(source.name, reading.frame or 0, layout.frames, 'frame')]
         check_pixels(source.name, layout.rows*layout.columns*len(indices), limits)
         frames = zip(indices, stored_frames(header, layout, indices))
         pictures = [_picture(source.name, _of_frame(header, i), layout, a, reading.window) for i,a in frames]
@@ -212,8 +225,8 @@ def read_dicom(
 # %% ../../nbs/115_data.dicom.ipynb #9fd851c0
 def dicom_size(
     source:Source,              # A DICOM file
-    reading:Reading=Reading(),
-    limits:Limits=Limits(),
+    reading:Reading=Reading(),  # Every frame has the same size
+    limits:Limits=Limits(),     # What is refused
 )->tuple:                       # height, width in pixels
     "Size of the frames from the header"
     with dicom_file(source, limits) as header:
@@ -224,7 +237,7 @@ def dicom_size(
 # %% ../../nbs/115_data.dicom.ipynb #78a7e950
 def burned_in(
     source,                 # Path, bytes or stream of a DICOM file
-    limits:Limits=Limits(),
+    limits:Limits=Limits(),     # What is refused
 )->bool:
     "Whether a DICOM file says that text is burned into its pixels (BurnedInAnnotation YES)"
     with dicom_file(open_source(source, limits=limits), limits) as header:

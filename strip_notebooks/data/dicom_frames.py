@@ -30,7 +30,9 @@ class Layout:
     planar:bool         # Colors one after the other instead of pixel by pixel
     frames:int
     @property
-    def shape(self): return (self.rows, self.columns) if self.samples == 1 else (self.rows, self.columns, self.samples)
+    def shape(self):
+        "Of the array of a frame"
+        return (self.rows, self.columns) if self.samples == 1 else (self.rows, self.columns, self.samples)
     @property
     def bits(self):
         "Bits of a native frame; a color of two neighbors is stored once in 4:2:2"
@@ -38,25 +40,37 @@ class Layout:
         return bits*2//3 if self.photometric == 'YBR_FULL_422' else bits
 
 # %% ../../nbs/114_data.dicom_frames.ipynb #488a5de2
-_meanings = {1: ('MONOCHROME1', 'MONOCHROME2', 'PALETTE COLOR'), 3: ('RGB', 'YBR_FULL', 'YBR_FULL_422', 'YBR_ICT', 'YBR_RCT')}
+_meanings = {1: ('MONOCHROME1', 'MONOCHROME2', 'PALETTE COLOR'),
+             3: ('RGB', 'YBR_FULL', 'YBR_FULL_422', 'YBR_ICT', 'YBR_RCT')}
 
+def _check_layout(name, layout):
+    "An `ImageError` if a layout contradicts itself, or is one that is not read"
+    if layout.photometric not in _meanings.get(layout.samples, ()):
+        raise ImageError(name, 'unsupported', f'{layout.samples} numbers per pixel that mean '
+                                              f'{layout.photometric[:16]} are not read here; convert it to RGB.')
+    allocated,stored = layout.allocated, layout.stored
+    good_bits = allocated in (1, 8, 16, 32, 64) and 0 < stored <= allocated and stored - 1 <= layout.high < allocated
+    if not good_bits or layout.rows < 1 or layout.columns < 1:
+        raise ImageError(name, 'corrupt', f'its header describes pixels that cannot exist ({layout.columns} x '
+                                          f'{layout.rows}, {stored} of {allocated} bits); copy it again.')
+
+# %% ../../nbs/114_data.dicom_frames.ipynb #515c9f91
 def frame_layout(
-    header:DicomHeader,
+    header:DicomHeader, # Of a file with pixel data
 )->Layout:
     "How the frames of a file are stored; an `ImageError` if its header contradicts itself"
     ds = header.elements
     allocated = int(ds.BitsAllocated)
     stored = int(ds.get('BitsStored') or allocated)
     count = max(1, int(ds.get('NumberOfFrames', 1) or 1))
-    layout = Layout(int(ds.Rows), int(ds.Columns), int(ds.get('SamplesPerPixel', 1)), str(ds.PhotometricInterpretation).strip(), allocated, stored,
-        int(ds.get('HighBit', stored - 1)), bool(ds.get('PixelRepresentation', 0)), ds.get('PlanarConfiguration', 0) == 1, count)
-    if layout.photometric not in _meanings.get(layout.samples, ()):
-        raise ImageError(header.name, 'unsupported', f'{layout.samples} numbers per pixel that mean {layout.photometric[:16]} are not read here; convert it to RGB.')
-    good_bits = allocated in (1, 8, 16, 32, 64) and 0 < stored <= allocated and stored - 1 <= layout.high < allocated
-    if not good_bits or layout.rows < 1 or layout.columns < 1:
-        raise ImageError(header.name, 'corrupt', f'its header describes pixels that cannot exist ({layout.columns} x {layout.rows}, {stored} of '
-                                                 f'{allocated} bits); copy it again from its source.')
+    high = int(ds.get('HighBit', stored - 1))
+    samples,photometric = int(ds.get('SamplesPerPixel', 1)), str(ds.PhotometricInterpretation).strip()
+    layout = Layout(int(ds.Rows), int(ds.Columns), samples, photometric, allocated, stored, high,
+        bool(ds.get('PixelRepresentation', 0)), ds.get('PlanarConfiguration', 0) == 1, count)
+    _check_layout(header.name, layout)
     return layout
+
+
 
 # %% ../../nbs/114_data.dicom_frames.ipynb #cc3e9699
 def _native_bytes(header, layout, index):
@@ -64,8 +78,9 @@ def _native_bytes(header, layout, index):
     _,_,length,start = header.pixels
     needed = math.ceil(layout.bits*layout.frames/8)
     if length < needed or length == 0xffffffff or start + length > header.data.size:
-        raise ImageError(header.name, 'corrupt', f'its pixel data are shorter than {layout.frames} x {math.ceil(layout.bits/8):,} bytes '
-                                                 '(truncated, or another number of frames); copy it again from its source.')
+        raise ImageError(header.name, 'corrupt', f'its pixel data are shorter than {layout.frames} x '
+                                                 f'{math.ceil(layout.bits/8):,} bytes (truncated, or another number of '
+                                                 'frames); copy it again.')
     first = index*layout.bits//16*2
     last = min(math.ceil((index + 1)*layout.bits/16)*2, length)
     header.data.skip(start + first - header.data.at)
@@ -90,27 +105,33 @@ def _number_type(header, layout):
     if header.pixels[0] != pixel_tags[2]: return np.dtype(f'{order}f{layout.allocated//8}')
     return np.dtype(f'{order}{"i" if layout.signed else "u"}{layout.allocated//8}')
 
+# %% ../../nbs/114_data.dicom_frames.ipynb #ced510ae
 def _bytes_in_words(header, layout):
     "Whether single bytes were written as big-endian words, two at a time"
     from pydicom.uid import ExplicitVRBigEndian
     return layout.allocated == 8 and header.pixels[1] == b'OW' and header.syntax == ExplicitVRBigEndian
 
+# %% ../../nbs/114_data.dicom_frames.ipynb #fd4377d3
 def _from_422(a, layout):
     "Pixels (H, W, 3) of two lumas, a blue and a red difference per pair of neighbors"
     pairs = a.reshape(-1, 4)
     colors = pairs[:, 2:].repeat(2, axis=0)
     return np.concatenate([pairs[:, :2].reshape(-1, 1), colors], -1).reshape(layout.shape)
 
+# %% ../../nbs/114_data.dicom_frames.ipynb #86cbf159
 def _native_frame(header, layout, index):
     "The stored numbers of a native frame"
     data,bit = _native_bytes(header, layout, index)
-    if layout.allocated == 1: return np.unpackbits(np.frombuffer(data, np.uint8), bitorder='little')[bit:bit + layout.bits].reshape(layout.shape)
+    if layout.allocated == 1:
+        bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder='little')
+        return bits[bit:bit + layout.bits].reshape(layout.shape)
     if _bytes_in_words(header, layout): data = np.frombuffer(data, '>u2').astype('<u2').tobytes()
     a = np.frombuffer(data, _number_type(header, layout), layout.bits//layout.allocated, bit//8)
     a = a.astype(a.dtype.newbyteorder('='), copy=False)
     if a.dtype.kind != 'f': a = _counted_bits(a, layout.stored, layout.high)
     if layout.photometric == 'YBR_FULL_422': return _from_422(a, layout)
-    if layout.planar and layout.samples > 1: return a.reshape(layout.samples, layout.rows, layout.columns).transpose(1, 2, 0)
+    if layout.planar and layout.samples > 1:
+        return a.reshape(layout.samples, layout.rows, layout.columns).transpose(1, 2, 0)
     return a.reshape(layout.shape)
 
 # %% ../../nbs/114_data.dicom_frames.ipynb #4a0f52ab
@@ -123,7 +144,7 @@ def _fragments(header):
     walker = ElementWalker(data)
     table,found = None, []
     while end - data.at >= 8:
-        tag,_,size = walker.next(True)
+        tag,_,size = walker._next(True)
         if tag != 0xfffee000: break
         if table is None: table = np.frombuffer(data.read(size - size % 4), '<u4')
         else:
@@ -133,8 +154,9 @@ def _fragments(header):
     return table, found
 
 # %% ../../nbs/114_data.dicom_frames.ipynb #4595e1e9
-_frame_marks = b'\xff\xd8', b'\xff\x4f', b'\0\0\0\x0c'                  # JPEG and JPEG-LS, JPEG 2000 as a stream and as a file
+_frame_marks = b'\xff\xd8', b'\xff\x4f', b'\0\0\0\x0c'      # JPEG and JPEG-LS, JPEG 2000 as a stream and as a file
 
+# %% ../../nbs/114_data.dicom_frames.ipynb #801c6947
 def _of_frames(header, layout):
     "For each frame the list of its fragments; an `ImageError` if there are fewer frames than the header says"
     table,fragments = _fragments(header)
@@ -144,13 +166,14 @@ def _of_frames(header, layout):
     if not starts:
         starts = [at - 8 for at,size in fragments if _mark_at(header.data, at) in _frame_marks]
     if len(starts) < layout.frames:
-        raise ImageError(header.name, 'corrupt', f'its header says {layout.frames} frames and its pixel data hold {max(len(starts), 1)}; '
-                                                 'copy it again from its source.')
+        raise ImageError(header.name, 'corrupt', f'its header says {layout.frames} frames and its pixel data hold '
+                                                 f'{max(len(starts), 1)}; copy it again from its source.')
     numbers = np.searchsorted(starts, [at - 8 for at,_ in fragments], side='right') - 1
     frames = [[] for _ in starts]
     for fragment,number in zip(fragments, numbers): frames[max(number, 0)].append(fragment)
     return frames
 
+# %% ../../nbs/114_data.dicom_frames.ipynb #9d9e1c6f
 def _mark_at(data, at):
     "The bytes that tell whether a fragment begins a frame"
     data.skip(at - data.at)
@@ -160,10 +183,12 @@ def _mark_at(data, at):
 # %% ../../nbs/114_data.dicom_frames.ipynb #c1a4e144
 most_scans = 100    # of a progressive JPEG; encoders write about 10
 
+# %% ../../nbs/114_data.dicom_frames.ipynb #72799f9d
 def _components(data):
     "Number of components that the stream states; None without a head"
     if data[:2] != b'\xff\xd8':
-        found = [int.from_bytes(data[m.end() + 36:m.end() + 38], 'big') for m in re.finditer(rb'\xff\x4f\xff\x51', data)]
+        heads = re.finditer(rb'\xff\x4f\xff\x51', data)
+        found = [int.from_bytes(data[m.end() + 36:m.end() + 38], 'big') for m in heads]
         return max(found, default=None)
     i = 2
     while i + 9 < len(data) and data[i] == 0xff:
@@ -171,16 +196,20 @@ def _components(data):
         if mark == 0xf7 or 0xc0 <= mark <= 0xcf and mark not in (0xc4, 0xc8, 0xcc): return data[i+9]
         i += 1 if mark == 0xff else 2 + int.from_bytes(data[i+2:i+4], 'big')
 
+# %% ../../nbs/114_data.dicom_frames.ipynb #314deb0f
 def _check_stream(name, layout, data):
     "An `ImageError` if a stream states another size than the header, has no end, or too many scans"
     size = stream_size(data)
     if size != (layout.rows, layout.columns) or _components(data) != layout.samples:
         stated = f'{size[1]} x {size[0]}' if size else 'nothing'
-        raise ImageError(name, 'corrupt', f'its header says {layout.columns} x {layout.rows} pixels and its data say {stated}; such a file is corrupt or hostile.')
+        raise ImageError(name, 'corrupt', f'its header says {layout.columns} x {layout.rows} pixels and its data '
+                                          f'say {stated}; such a file is corrupt or hostile.')
     if data.rfind(b'\xff\xd9') < max(data.rfind(b'\xff\xda'), data.rfind(b'\xff\x93')):
-        raise ImageError(name, 'corrupt', 'the end of its pixel data is missing (truncated); copy it again from its source.')
+        raise ImageError(name, 'corrupt', 'the end of its pixel data is missing (truncated); '
+                                          'copy it again from its source.')
     if data[:2] == b'\xff\xd8' and data.count(b'\xff\xda') > most_scans:
-        raise ImageError(name, 'corrupt', f'its JPEG data have more than {most_scans} scans; such a file is corrupt or hostile.')
+        raise ImageError(name, 'corrupt', f'its JPEG data have more than {most_scans} scans; '
+                                          'such a file is corrupt or hostile.')
 
 # %% ../../nbs/114_data.dicom_frames.ipynb #69844358
 def _coded_space(data, photometric):
@@ -189,6 +218,7 @@ def _coded_space(data, photometric):
     if adobe or b'JFIF\0' in data[:64] or photometric != 'RGB': return None
     return 'rgb'
 
+# %% ../../nbs/114_data.dicom_frames.ipynb #5dae435c
 def _decode_jpeg(layout, data):
     "Stored numbers of a JPEG; colors of lossy ones as RGB"
     from imagecodecs import jpeg8_decode
@@ -198,7 +228,7 @@ def _decode_jpeg(layout, data):
         if space: spaces = dict(colorspace=space, outcolorspace=space)
     a = jpeg8_decode(data, **spaces)
     end = data.rfind(b'\xff\xd9')
-    longer = data[:end] + b'\x55'*64 + data[end:]                       # what follows the last pixel of a whole picture changes nothing
+    longer = data[:end] + b'\x55'*64 + data[end:]                       # changes nothing behind the last pixel
     if not np.array_equal(jpeg8_decode(longer, **spaces), a): raise EOFError('premature end of JPEG data')
     return a
 
@@ -228,14 +258,17 @@ def _codings():
     from pydicom import uid
     lossless = [uid.JPEGLossless, uid.JPEGLosslessSV1, *(u for u in uid.JPEGTransferSyntaxes if 'Lossless' in u.name)]
     jpeg2000 = [*uid.JPEG2000TransferSyntaxes, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K]
-    families = dict(jpeg=uid.JPEGTransferSyntaxes, lossless=lossless, jpegls=uid.JPEGLSTransferSyntaxes, jpeg2000=jpeg2000, rle=[uid.RLELossless])
+    families = dict(jpeg=uid.JPEGTransferSyntaxes, lossless=lossless, jpegls=uid.JPEGLSTransferSyntaxes,
+                    jpeg2000=jpeg2000, rle=[uid.RLELossless])
     return {u: family for family,members in families.items() for u in members}
 
+# %% ../../nbs/114_data.dicom_frames.ipynb #6a42d893
 def _uses_color_transform(data):
     "Whether a JPEG 2000 stream turns its components into RGB itself"
     at = data.find(b'\xff\x52')
     return 0 < at < len(data) - 9 and data[at + 8] == 1
 
+# %% ../../nbs/114_data.dicom_frames.ipynb #86b8d21e
 def _decoded(name, layout, family, data):
     "Stored numbers of a compressed frame, and what their colors are"
     import imagecodecs
@@ -255,7 +288,7 @@ def _decoded(name, layout, family, data):
 def by_rows(
     function,           # Takes some rows of `a`, and returns as many
     a:np.ndarray,       # (H, W) or (H, W, C)
-    dtype,              # Of the result
+    dtype,              # Of the result, NumPy's
     shape=None,         # Of the result, if it is not that of `a`
 )->np.ndarray:
     "What `function` makes of `a`, computed in bands of about a million numbers"
@@ -264,6 +297,7 @@ def by_rows(
     for i in range(0, len(a), step): out[i:i + step] = function(a[i:i + step])
     return out
 
+# %% ../../nbs/114_data.dicom_frames.ipynb #1c7695f7
 def _as_rgb(a, space, stored):
     "Colors as RGB"
     from pydicom.pixels import convert_color_space
@@ -276,16 +310,18 @@ def _frame_bytes(header, layout, fragments):
     "The fragments of a frame joined"
     total = sum(size for _,size in fragments)
     if total > layout.bits//4 + 2**24:
-        raise ImageError(header.name, 'corrupt', 'its compressed pixel data are longer than its pixels; such a file is corrupt or hostile.')
+        raise ImageError(header.name, 'corrupt', 'its compressed pixel data are longer than its pixels; '
+                                                 'such a file is corrupt or hostile.')
     pieces = []
     for at,size in fragments:
         header.data.skip(at - header.data.at)
         pieces.append(header.data.read(size))
     return b''.join(pieces)
 
+# %% ../../nbs/114_data.dicom_frames.ipynb #2a58abff
 def stored_frames(
     header:DicomHeader,     # Of a file with pixel data
-    layout:Layout,
+    layout:Layout,          # How they are stored
     indices:list,           # Frames, in rising order
 ):                          # Yields arrays (H, W) or (H, W, 3): integers as stored, colors as RGB
     "The stored numbers of some frames, one at a time"

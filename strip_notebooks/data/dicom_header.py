@@ -39,13 +39,15 @@ class ByteReader:
         file,           # Binary file, at the byte `at`
         size:float,     # Number of bytes; infinite if only reading can tell
         most:int,       # Bytes after which an unpacked stream is too large
-        at:int=0,
+        at:int=0,       # Bytes before this one
         name:str='',    # The file, for messages
     ):
         self.file,self.name = file, name
         self.size,self.most = size, most
         self.at = at
-    def read(self, n):
+    def read(self,
+        n:int,          # Number of bytes
+    )->bytes:
         "`n` bytes; an EOFError if there are fewer"
         if self.at + n > self.size: raise EOFError
         if self.at + n > self.most:
@@ -54,15 +56,20 @@ class ByteReader:
         self.at += len(data)
         if len(data) < n: raise EOFError
         return data
-    def skip(self, n):
-        "Go `n` bytes ahead (in a file also back); an EOFError if there are fewer"
-        if self.at + n > self.size: raise EOFError
-        if self.size < math.inf:
-            self.file.seek(n, 1)
-            self.at += n
-            return
-        if n < 0: raise io.UnsupportedOperation('an unpacked stream goes forward only')
-        while n > 0: n -= len(self.read(min(n, 2**20)))
+
+# %% ../../nbs/112_data.dicom_header.ipynb #4ace6a32
+@patch
+def skip(self:ByteReader,
+    n:int,  # Number of bytes
+)->None:
+    "Go `n` bytes ahead (in a file also back); an EOFError if there are fewer"
+    if self.at + n > self.size: raise EOFError
+    if self.size < math.inf:
+        self.file.seek(n, 1)
+        self.at += n
+        return
+    if n < 0: raise io.UnsupportedOperation('an unpacked stream goes forward only')
+    while n > 0: n -= len(self.read(min(n, 2**20)))
 
 # %% ../../nbs/112_data.dicom_header.ipynb #1222d649
 _item, _item_end, _sequence_end = 0xfffee000, 0xfffee00d, 0xfffee0dd
@@ -74,14 +81,17 @@ most_elements = 2_000_000                                               # elemen
 most_bytes = 2**20                                                      # of the value of an element that is kept
 
 _kept_tags = frozenset([
-    0x00080016, 0x00089205, 0x00280301,                                 # kind of object, presentation in color, burned-in annotation
-    0x00280002, 0x00280004, 0x00280006, 0x00280008, 0x00280010, 0x00280011,     # samples, photometric, planes, frames, rows, columns
+    0x00080016, 0x00089205, 0x00280301,                         # kind of object, color, burned-in annotation
+    0x00280002, 0x00280004, 0x00280006, 0x00280008,             # samples, photometric interpretation, planes, frames
+    0x00280010, 0x00280011,                                     # rows, columns
     0x00280100, 0x00280101, 0x00280102, 0x00280103,                     # bits and sign
     0x00281050, 0x00281051, 0x00281052, 0x00281053, 0x00281056,         # window, rescaling
-    0x00281101, 0x00281102, 0x00281103, 0x00281201, 0x00281202, 0x00281203, 0x00281221, 0x00281222, 0x00281223,     # palettes
+    0x00281101, 0x00281102, 0x00281103, 0x00281201, 0x00281202, 0x00281203,     # palettes
+    0x00281221, 0x00281222, 0x00281223,
     0x00283000, 0x00283002, 0x00283006, 0x00283010,                     # look-up tables
     0x00289132, 0x00289145, 0x52009229, _frames_tag])                   # groups of enhanced files
 
+# %% ../../nbs/112_data.dicom_header.ipynb #abde68a4
 @cache
 def _sequence_tags():
     "Tags that are sequences by the dictionary, for files that do not say so"
@@ -92,9 +102,9 @@ def _sequence_tags():
 class ElementWalker:
     "The elements of a data set in the order of the file: what describes the picture is kept, the rest skipped"
     def __init__(self,
-        data:ByteReader,
+        data:ByteReader,        # At the first element
         little:bool=True,       # Little-endian numbers
-        limits:Limits=Limits(),
+        limits:Limits=Limits(), # What is refused
         frame=None,             # Frame whose item is kept, as in `Reading`
     ):
         self.data,self.limits = data, limits
@@ -103,12 +113,13 @@ class ElementWalker:
         order = '<' if little else '>'
         self.unpack = struct.Struct(order + 'HH2sH').unpack
         self.length = struct.Struct(order + 'L').unpack
-    def next(self, implicit):
+    def _next(self, implicit):
         "Tag, VR (empty where there is none) and length of the next element or item"
         head = self.data.read(8)
         self.count += 1
         if self.count > most_elements:
-            raise ImageError(self.data.name, 'too_large', f'it holds more than {most_elements:,} elements; such a file is corrupt or hostile.')
+            raise ImageError(self.data.name, 'too_large', f'it holds more than {most_elements:,} elements; '
+                                                          'such a file is corrupt or hostile.')
         group,number,vr,length = self.unpack(head)
         tag = group << 16 | number
         if implicit or group == 0xfffe or not b'AA' <= vr <= b'ZZ': return tag, b'', self.length(head[4:])[0]
@@ -116,17 +127,17 @@ class ElementWalker:
 
 # %% ../../nbs/112_data.dicom_header.ipynb #97daa07e
 @patch
-def dataset(self:ElementWalker, found, end, depth, implicit):
-    "Add the kept elements up to the byte `end` to `found`: tag -> (VR, value), or a list of such dictionaries for a sequence"
+def _dataset(self:ElementWalker, found, end, depth, implicit):
+    "Add the kept elements up to the byte `end` to `found`: tag -> (VR, value), or dictionaries for a sequence"
     while end - self.data.at >= 8:
-        tag,vr,length = self.next(implicit)
+        tag,vr,length = self._next(implicit)
         if tag == _item_end: break
         if depth == 0 and tag in pixel_tags:
             found[tag] = vr, length
             break
         if vr == b'SQ' or length == _undefined or (vr in (b'', b'UN') and tag in _sequence_tags()):
             if tag == _frames_tag: self.frame = _index_of(self.frame, found)
-            items = self.sequence(tag, vr, length, end, depth + 1, implicit)
+            items = self._sequence(tag, vr, length, end, depth + 1, implicit)
             if tag in _kept_tags: found[tag] = items
             continue
         length = max(0, min(length, end - self.data.at))                # a broken item hides nothing outside of it
@@ -134,6 +145,7 @@ def dataset(self:ElementWalker, found, end, depth, implicit):
         elif length > most_bytes: raise ValueError('an element of the picture is too long')
         else: found[tag] = vr, self.data.read(length)
 
+# %% ../../nbs/112_data.dicom_header.ipynb #4ee24ded
 def _index_of(frame, found):
     "The number from 0 of the frame that is asked for; None for all"
     if not isinstance(frame, int): return 0 if frame is None else None
@@ -142,30 +154,32 @@ def _index_of(frame, found):
 
 # %% ../../nbs/112_data.dicom_header.ipynb #2b653b04
 @patch
-def sequence(self:ElementWalker, tag, vr, length, end, depth, implicit):
+def _sequence(self:ElementWalker, tag, vr, length, end, depth, implicit):
     "The items of a sequence; None for those that are not kept"
     if depth > self.limits.nesting:
-        raise ImageError(self.data.name, 'nested', f'its sequences are nested more than {self.limits.nesting} deep; such a file is corrupt or hostile.')
+        raise ImageError(self.data.name, 'nested', f'its sequences are nested more than {self.limits.nesting} deep; '
+                                                   'such a file is corrupt or hostile.')
     if length != _undefined: end = min(end, self.data.at + length)
     packed = vr in (b'OB', b'OW') or tag in pixel_tags                  # items of such an element are no data sets
     implicit = implicit or vr == b'UN'
     items = []
     while end - self.data.at >= 8:
-        tag_,_,size = self.next(implicit)
+        tag_,_,size = self._next(implicit)
         if tag_ == _sequence_end: break
         if tag_ != _item:
             if length == _undefined: raise ValueError('an item was expected')
             break
-        self.item(packed, size, end, (depth, implicit), items, tag == _frames_tag)
+        self._item(packed, size, end, (depth, implicit), items, tag == _frames_tag)
     if length != _undefined: self.data.skip(max(0, end - self.data.at))
     return items
 
+# %% ../../nbs/112_data.dicom_header.ipynb #73f319e2
 @patch
-def item(self:ElementWalker, packed, size, end, inside, items, per_frame):
+def _item(self:ElementWalker, packed, size, end, inside, items, per_frame):
     "Read or skip one item, and append it to `items`"
     if size != _undefined: end = min(end, self.data.at + size)
     if not packed:
-        self.dataset(found := {}, end, *inside)
+        self._dataset(found := {}, end, *inside)
         kept = self.frame in (None, len(items)) if per_frame else not items
         items.append(found if kept else None)
     if size != _undefined: self.data.skip(max(0, end - self.data.at))
@@ -183,6 +197,7 @@ class DicomHeader:
     pixels:tuple        # Tag, VR, length and first byte of the pixel data; None without
     data:ByteReader     # The file, at the pixel data
 
+# %% ../../nbs/112_data.dicom_header.ipynb #c4a15395
 def _as_dataset(found, implicit, little):
     "Kept elements as a pydicom data set"
     from pydicom import DataElement, Dataset, Sequence
@@ -207,12 +222,14 @@ def _file_meta(data):
     found = {}
     while (head := data.file.read(2)) == b'\x02\0':
         data.file.seek(-2, 1)
-        tag,_,length = walker.next(False)
-        if tag in (0x00020002, 0x00020010): found[tag] = UID(data.read(min(length, 128)).decode('ascii', 'replace').strip('\0 '))
+        tag,_,length = walker._next(False)
+        if tag in (0x00020002, 0x00020010):
+            found[tag] = UID(data.read(min(length, 128)).decode('ascii', 'replace').strip('\0 '))
         else: data.skip(length)
     data.file.seek(-len(head), 1)
     return walker.count > 0, found.get(0x00020002, UID('')), found.get(0x00020010, UID(''))
 
+# %% ../../nbs/112_data.dicom_header.ipynb #6fc52a19
 def _encoding(head, syntax):
     "Whether elements have no types, and whether numbers are little endian, by the syntax and the first element"
     from pydicom.uid import ExplicitVRBigEndian
@@ -220,6 +237,7 @@ def _encoding(head, syntax):
     if syntax: return implicit, syntax != ExplicitVRBigEndian
     return implicit, implicit or int.from_bytes(head[:2], 'little') < 1024      # old files without a header
 
+# %% ../../nbs/112_data.dicom_header.ipynb #4be8176b
 def _guessed_syntax(implicit, little):
     "The transfer syntax of a file without a header that names it"
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -234,18 +252,20 @@ def _first_bytes(data, n):
     data.file.seek(-len(head), 1)
     return head
 
+# %% ../../nbs/112_data.dicom_header.ipynb #65949f8e
 def _kept_elements(data, syntax, limits, frame):
     "The kept elements of the data set that begins here, as far as it goes, and how they are encoded"
     implicit,little = _encoding(_first_bytes(data, 6), syntax)
     found = {}
-    try: ElementWalker(data, little, limits, frame).dataset(found, math.inf, 0, implicit)
+    try: ElementWalker(data, little, limits, frame)._dataset(found, math.inf, 0, implicit)
     except EOFError: pass
     return found, implicit, little
 
+# %% ../../nbs/112_data.dicom_header.ipynb #0e09f9cd
 def read_header(
     source:Source,          # A DICOM file
     file,                   # The same, open
-    limits:Limits=Limits(),
+    limits:Limits=Limits(), # What is refused
     frame=None,             # The frame that is wanted, as in `Reading`
 )->DicomHeader:
     "What a DICOM file says about its picture, and the reader at its pixels"
@@ -262,13 +282,14 @@ def read_header(
     pixels = next(((tag, *found.pop(tag), data.at) for tag in pixel_tags if tag in found), None)
     elements = _as_dataset(found, implicit, little)
     kind = elements.get('SOPClassUID') or kind
-    return DicomHeader(source.name, elements, frames, syntax or _guessed_syntax(implicit, little), kind, marked or has_meta, pixels, data)
+    syntax = syntax or _guessed_syntax(implicit, little)
+    return DicomHeader(source.name, elements, frames, syntax, kind, marked or has_meta, pixels, data)
 
 # %% ../../nbs/112_data.dicom_header.ipynb #34f33df4
 @contextmanager
 def dicom_file(
     source:Source,          # A DICOM file
-    limits:Limits=Limits(),
+    limits:Limits=Limits(), # What is refused
     frame=None,             # The frame that is wanted, as in `Reading`
 ):
     "The header of a file that stays open; whatever goes wrong is an `ImageError`"
@@ -277,12 +298,13 @@ def dicom_file(
 
 # %% ../../nbs/112_data.dicom_header.ipynb #2c2596f1
 def without_pixels(
-    header:DicomHeader,
+    header:DicomHeader, # Of a file without pixel data
 )->ImageError:
     "The error for a file without pixel data"
     if 'Rows' in header.elements or 'Image Storage' in getattr(header.kind, 'name', ''):
-        return ImageError(header.name, 'corrupt', 'it says that it is an image and its pixels are missing (truncated, or removed); '
-                                                  'copy it again from its source.')
+        return ImageError(header.name, 'corrupt', 'it says that it is an image and its pixels are missing '
+                                                  '(truncated, or removed); copy it again from its source.')
     if header.kind or header.marked:
-        return ImageError(header.name, 'no_pixels', 'it is a DICOM file without an image (a report, a plan, an index); remove it from the data.')
-    return ImageError(header.name, 'not_an_image', 'it is no DICOM file, although its name or its first bytes suggest it.')
+        return ImageError(header.name, 'no_pixels', 'it is a DICOM file without an image (a report, a plan, an index); '
+                                                    'remove it from the data.')
+    return ImageError(header.name, 'not_an_image', 'it is no DICOM file, whatever its name or first bytes suggest.')

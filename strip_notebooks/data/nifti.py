@@ -10,6 +10,8 @@ import gzip, io, math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from fastcore.basics import patch
+
 import numpy as np
 
 from .dicom_header import ByteReader
@@ -29,14 +31,27 @@ class Volume:
     axis:list           # Of x, y and z: the axis i, j or k (0 to 2) that runs along it
     sign:list           # Of x, y and z: 1, or -1 where the axis runs against it
     @property
-    def nbytes(self): return math.prod(self.shape)*self.dtype.itemsize
+    def nbytes(self):
+        "Of all numbers"
+        return math.prod(self.shape)*self.dtype.itemsize
     @property
-    def is_color(self): return self.dtype.names is not None
-    @property
-    def is_plain(self): return self.dtype == np.uint8 and (self.slope, self.inter) == (1, 0)
-    @property
-    def sides(self): return [self.shape[a] for a in self.axis]          # along x, y and z
+    def is_color(self):
+        "RGB or RGBA"
+        return self.dtype.names is not None
 
+# %% ../../nbs/120_data.nifti.ipynb #f3205927
+@patch(as_prop=True)
+def is_plain(self:Volume):
+    "Shown as it is: bytes without a scale"
+    return self.dtype == np.uint8 and (self.slope, self.inter) == (1, 0)
+
+# %% ../../nbs/120_data.nifti.ipynb #82185cfc
+@patch(as_prop=True)
+def sides(self:Volume):
+    "Number of voxels along x, y and z"
+    return [self.shape[a] for a in self.axis]
+
+# %% ../../nbs/120_data.nifti.ipynb #d77b784e
 def _orientation(affine):
     "For x, y and z the stored axis and its sign; a direction that the header leaves open takes the axis that is left"
     import nibabel
@@ -51,23 +66,30 @@ def _orientation(affine):
 # %% ../../nbs/120_data.nifti.ipynb #87604f48
 most_side = 10**6   # Voxels along one axis
 
+# %% ../../nbs/120_data.nifti.ipynb #edcfd9ea
 def _shape(name, header):
     "(i, j, k, volumes); an `ImageError` if they are no picture"
     shape = tuple(int(n) for n in header.get_data_shape())
     if len(shape) < 2 or len(shape) > 4 and max(shape[4:]) > 1:
-        raise ImageError(name, 'unsupported', f'an array of the shape {shape} is no volume; save it with 2 to 4 dimensions.')
-    if min(shape) < 1: raise ImageError(name, 'corrupt', f'its header says the shape {shape}; copy it again from its source.')
-    if max(shape[:3]) > most_side: raise ImageError(name, 'too_large', f'one of its sides is longer than {most_side:,} voxels.')
+        raise ImageError(name, 'unsupported', f'an array of the shape {shape} is no volume; '
+                                              'save it with 2 to 4 dimensions.')
+    if min(shape) < 1:
+        raise ImageError(name, 'corrupt', f'its header says the shape {shape}; copy it again from its source.')
+    if max(shape[:3]) > most_side:
+        raise ImageError(name, 'too_large', f'one of its sides is longer than {most_side:,} voxels.')
     return (shape + (1, 1))[:4]
 
+# %% ../../nbs/120_data.nifti.ipynb #ece29e7e
 def _number_type(name, header):
     "NumPy's type of the stored numbers"
     dtype = header.get_data_dtype()
-    if dtype.kind == 'c': raise ImageError(name, 'unsupported', 'it holds complex numbers; save their magnitude or phase.')
+    if dtype.kind == 'c':
+        raise ImageError(name, 'unsupported', 'it holds complex numbers; save their magnitude or phase.')
     if dtype.kind not in 'iufV' or dtype.itemsize == 0 or (dtype.kind == 'V' and not dtype.names):
         raise ImageError(name, 'unsupported', f'numbers of the type {dtype} are not read here.')
     return dtype
 
+# %% ../../nbs/120_data.nifti.ipynb #b2afa9f8
 def read_nifti_header(
     name:str,   # The file, for messages
     head:bytes, # Its first 540 bytes, unpacked
@@ -77,13 +99,15 @@ def read_nifti_header(
     kind = nibabel.Nifti2Header if head[4:8] == b'n+2\0' else nibabel.Nifti1Header
     header = kind.from_fileobj(io.BytesIO(head), check=False)
     if int(header['intent_code']) // 100 == 30 and kind is nibabel.Nifti2Header:
-        raise ImageError(name, 'unsupported', 'it holds no volume (a matrix of connectivity, say); remove it from the data.')
+        raise ImageError(name, 'unsupported', 'it holds no volume (a matrix of connectivity, say); '
+                                              'remove it from the data.')
     slope,inter = header.get_slope_inter()
     low,high = float(header['cal_min']), float(header['cal_max'])
     asked = (low, high) if math.isfinite(high - low) and high > low else None
     axis,sign = _orientation(header.get_best_affine())
-    return Volume(name, _shape(name, header), _number_type(name, header), int(header.get_data_offset()), 1. if slope is None else slope,
-                  0. if inter is None else inter, asked, axis, sign)
+    if slope is None: slope,inter = 1., 0.
+    shape,dtype = _shape(name, header), _number_type(name, header)
+    return Volume(name, shape, dtype, int(header.get_data_offset()), slope, inter, asked, axis, sign)
 
 # %% ../../nbs/120_data.nifti.ipynb #d9ecdd45
 @contextmanager
@@ -95,14 +119,18 @@ def _unpacked(source, limits):
         if not packed:
             yield ByteReader(file, source.size, limits.file_bytes, 0, source.name), False
             return
-        with gzip.GzipFile(fileobj=file) as stream: yield ByteReader(stream, math.inf, limits.file_bytes, 0, source.name), True
+        with gzip.GzipFile(fileobj=file) as stream:
+            yield ByteReader(stream, math.inf, limits.file_bytes, 0, source.name), True
 
+# %% ../../nbs/120_data.nifti.ipynb #7cd02cc3
 def _read_to_the_end(data):
     "Read on until there is nothing left, which compares the checksum"
     while piece := data.file.read(2**20):
         data.at += len(piece)
-        if data.at > data.most: raise ImageError(data.name, 'too_large', f'it unpacks to more than the {data.most/2**20:,.0f} MB allowed.')
+        if data.at > data.most:
+            raise ImageError(data.name, 'too_large', f'it unpacks to more than the {data.most/2**20:,.0f} MB allowed.')
 
+# %% ../../nbs/120_data.nifti.ipynb #c9e9ff41
 def _bands(source, volume, limits, number, rows):
     "Some rows (along i) of one volume, a band at a time: numbers of the rows and the band (rows, i)"
     width = volume.shape[0]*volume.dtype.itemsize
@@ -125,11 +153,13 @@ def _collect(volume, across, index, rows, band, out):
     elif across == 1: out[k[j == index]] = band[j == index]
     else: out[j[k == index]] = band[k == index]
 
+# %% ../../nbs/120_data.nifti.ipynb #a02db528
 def _values(volume, band):
     "Stored numbers as values, colors as their mean"
     if volume.is_color: return np.mean([band[n] for n in volume.dtype.names], 0)
     return band.astype(np.float64)*volume.slope + volume.inter
 
+# %% ../../nbs/120_data.nifti.ipynb #eb288f00
 @dataclass
 class _Range:
     "Lowest, highest and mean of the values that exist"
@@ -150,7 +180,7 @@ class _Range:
 
 # %% ../../nbs/120_data.nifti.ipynb #aa0b85ba
 def _pass(source, volume, limits, number, index=None, measured=False):
-    "One pass over a volume: the slice `index` across z as stored, if asked for, and the range of the values, if `measured`"
+    "One pass over a volume: the slice `index` across z as stored, if asked for, and the range of the values"
     i,j,k = volume.shape[:3]
     across = volume.axis[2]
     out = np.empty([n for a,n in ((2, k), (1, j), (0, i)) if a != across], volume.dtype)
@@ -161,6 +191,7 @@ def _pass(source, volume, limits, number, index=None, measured=False):
         if index is not None: _collect(volume, across, index, rows, band, out)
     return out, seen
 
+# %% ../../nbs/120_data.nifti.ipynb #becd71f6
 def _upright(volume, a):
     "A slice (higher axis, lower axis) with the front at the top and the left on the left"
     x,y,_ = volume.axis
@@ -181,6 +212,7 @@ def _largest(source, volume, limits, number):
         else: np.add.at(counts, j if across == 1 else k, above.sum(1))
     return int(counts.argmax() if volume.sign[2] > 0 else len(counts) - 1 - counts[::-1].argmax())
 
+# %% ../../nbs/120_data.nifti.ipynb #65b67748
 def _stored_index(source, volume, limits, number, slice_):
     "The slice that is asked for, counted as stored"
     if isinstance(slice_, str) and slice_ == 'largest': return _largest(source, volume, limits, number)
@@ -201,20 +233,24 @@ def _shown(volume, a, window, seen):
     shown = [np.clip((_values(volume, row) - low)/(high - low), 0, 1) for row in a]
     return np.nan_to_num(np.array(shown, np.float32), nan=0)
 
+# %% ../../nbs/120_data.nifti.ipynb #7b65e45d
 def _open_volume(source, limits):
     "How the volume of a file is stored; an `ImageError` if the file is too short for it"
     with _unpacked(source, limits) as (data, packed): volume = read_nifti_header(source.name, data.file.read(540))
     needed = volume.offset + volume.nbytes
     if packed and needed > limits.file_bytes:
-        raise ImageError(source.name, 'too_large', f'it unpacks to more than the {limits.file_bytes/2**20:,.0f} MB allowed.')
+        most = limits.file_bytes/2**20
+        raise ImageError(source.name, 'too_large', f'it unpacks to more than the {most:,.0f} MB allowed.')
     if not packed and needed > source.size:
-        raise ImageError(source.name, 'corrupt', f'its header says {needed:,} bytes and it has {source.size:,} (truncated); copy it again from its source.')
+        raise ImageError(source.name, 'corrupt', f'its header says {needed:,} bytes and it has {source.size:,} '
+                                                 '(truncated); copy it again from its source.')
     return volume
 
+# %% ../../nbs/120_data.nifti.ipynb #1b3721a5
 def read_nifti(
     source:Source,              # A NIfTI file, packed by gzip or not
     reading:Reading=Reading(),  # `frame` is the volume, `slice` a number, 'middle' or 'largest', `window` in values
-    limits:Limits=Limits(),
+    limits:Limits=Limits(),     # What is refused
 )->np.ndarray:                  # (H, W) or (H, W, 3 or 4), uint8 or float32 0 to 1
     "One slice of a volume in canonical orientation"
     with image_errors(source.name):
@@ -230,8 +266,8 @@ def read_nifti(
 # %% ../../nbs/120_data.nifti.ipynb #879c499e
 def nifti_size(
     source:Source,              # A NIfTI file
-    reading:Reading=Reading(),
-    limits:Limits=Limits(),
+    reading:Reading=Reading(),  # Every slice has the same size
+    limits:Limits=Limits(),     # What is refused
 )->tuple:                       # height, width in pixels
     "Size of the slices from the header"
     with image_errors(source.name), _unpacked(source, limits) as (data, _):
