@@ -74,11 +74,12 @@ def estimate_text(
     digits:int=2,       # Decimals
 )->str:                 # Such as '0.56 (95 % CI 0.42–0.68)'
     "A number with its interval as a report prints it"
-    value, low, high = (f'{v:.{digits}f}' for v in estimate)
+    value, low, high = (f'{v:.{digits}f}'.replace('-', '−') for v in estimate)
+    to = ' to ' if estimate.low < 0 else '–'
     if np.isnan(estimate.value): return 'no estimate'
     if np.isnan(estimate.low): return f'{value} (no interval)'
     if estimate.low == estimate.high: return f'{value} (the same in every resample)'
-    return f'{value} (95 % CI {low}–{high})'
+    return f'{value} (95 % CI {low}{to}{high})'
 
 # %% ../nbs/050_findings.ipynb #5cc2185e
 @dataclass(frozen=True)

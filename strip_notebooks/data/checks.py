@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['hash_distances', 'near_duplicates', 'unreadable_finding', 'blank_finding', 'tiny_finding', 'duplicate_finding',
            'class_finding', 'patient_finding', 'center_finding', 'two_center_finding', 'spelling_finding',
-           'format_finding', 'size_finding', 'brightness_finding', 'burned_in_finding', 'center_name_finding',
-           'path_finding', 'validate', 'validation_figure']
+           'format_finding', 'size_finding', 'brightness_finding', 'burned_in_finding', 'showable',
+           'center_name_finding', 'path_finding', 'validate', 'validation_figure']
 
 # %% ../../nbs/150_data.checks.ipynb #70610f54
 from pathlib import Path
@@ -206,6 +206,17 @@ def burned_in_finding(
     n = int(measures.burned_in.fillna(False).astype(bool).sum())
     if not n: return Finding('CHK011', Verdict.OK, 'none', values=dict(n=0))
     return Finding('CHK011', Verdict.WARNING, 'allowed' if allowed else 'found', values=dict(n=n))
+
+# %% ../../nbs/150_data.checks.ipynb #e35d21a8
+def showable(
+    cohort:pd.DataFrame,        # One row per image
+    measures:pd.DataFrame,      # Index image_id; burned_in
+    allow_burned_in:bool=False, # Whether images with burned-in text may be shown
+)->pd.DataFrame:                # Rows of the cohort
+    "The images that may be in figures and reports"
+    if allow_burned_in or 'burned_in' not in measures: return cohort
+    burned = measures.index[measures.burned_in.fillna(False).astype(bool)]
+    return cohort[~cohort.image_id.isin(burned)]
 
 # %% ../../nbs/150_data.checks.ipynb #bffa9e64
 def center_name_finding(
