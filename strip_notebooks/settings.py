@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['step_settings', 'check_pairs', 'check_window_pair', 'check_split', 'PrepareSettings', 'TrainSettings',
-           'EvaluateSettings', 'DeriveSettings', 'ReportSettings', 'BenchmarkSettings', 'setting_parameters']
+           'EvaluateSettings', 'DeriveSettings', 'ReportSettings', 'BenchmarkSettings', 'setting_parameters',
+           'setting_range']
 
 # %% ../nbs/895_settings.ipynb #9e349596
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 from pydantic import Field, field_validator, model_validator
 
@@ -110,3 +111,16 @@ def setting_parameters(
     "The settings as a notebook's parameters cell would declare them"
     return {name: dict(type=parameter_type(field.annotation), default=field.default, help=field.description)
             for name, field in settings.model_fields.items()}
+
+# %% ../nbs/895_settings.ipynb #d6e4f3dc
+def setting_range(
+    field,      # A field of a `Settings` class
+)->str:         # Such as '16 to 4096', 'above 0', or the choices; empty for any value
+    "The values that a setting takes, in words"
+    if get_origin(field.annotation) is Literal: return ' | '.join(map(repr, get_args(field.annotation)))
+    limits = {kind: getattr(m, kind) for m in field.metadata for kind in ('ge', 'gt', 'le', 'lt') if hasattr(m, kind)}
+    low = next((f'{words}{limits[kind]}' for kind, words in (('ge', ''), ('gt', 'above ')) if kind in limits), '')
+    high = next((f'{words}{limits[kind]}' for kind, words in (('le', ''), ('lt', 'below ')) if kind in limits), '')
+    if low and high: return f'{low} to {high}'
+    if high: return high if high.startswith('below') else f'at most {high}'
+    return low if low.startswith('above') or not low else f'{low} or more'
