@@ -355,7 +355,7 @@ HOSTILE = {
     'plain pixels under a coded syntax': ('corrupt', lambda: dicom(COLOR[..., 0]).replace(b'1.2.840.10008.1.2.1\0', b'1.2.840.10008.1.2.5\0')),
     'a fragment longer than the file': ('corrupt', lambda: fragments([2**31])),
     'offsets behind the file': ('corrupt', lambda: fragments([64, 64], struct.pack('<2L', 0, 2**31))),
-    'three million fragments': ('too_large', lambda: fragments([0]*3_000_000)),
+    'three million fragments': ('too_large', lambda: fragments([], b'').replace(b'\xfe\xff\xdd\xe0', b'\xfe\xff\0\xe0\0\0\0\0'*3_000_000)),
     'run lengths that unpack to too much': ('corrupt', lambda: other_stream(struct.pack('<16L', 1, 64, *[0]*14) + b'\x81\0'*100_000, RLELossless)),
     'run lengths of 2**31 segments': ('corrupt', lambda: other_stream(struct.pack('<16L', 2**31, 64, *[0]*14) + b'\x81\0'*100, RLELossless)),
     'a width of 60,000 pixels': ('too_large', lambda: dicom(RAMP, Rows=60_000, Columns=60_000)),

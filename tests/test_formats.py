@@ -86,7 +86,8 @@ def independent(path):
         warnings.simplefilter('ignore')
         ds = pydicom.dcmread(path, force=True)
         if 'PixelData' not in ds or ds.file_meta.TransferSyntaxUID == pydicom.uid.JPEGExtended12Bit: return None
-        a = ds.pixel_array
+        try: a = ds.pixel_array
+        except RuntimeError: return None                                # a coding that pydicom needs another package for
     if int(ds.get('NumberOfFrames', 1) or 1) > 1: a = a[0]
     if ds.PhotometricInterpretation == 'PALETTE COLOR':
         luts = [np.frombuffer(ds[f'{c}PaletteColorLookupTableData'].value, '<u2') for c in ('Red', 'Green', 'Blue')]
