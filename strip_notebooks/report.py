@@ -254,7 +254,7 @@ def result_section(
     classes = wide_table(evaluated.table('classes', text=['class']), titles)
     centers = wide_table(evaluated.table('centers', text=['center']), titles)
     caption = 'Each class against the others' + ('; the predicted class is the most probable one' if len(m.classes) > 2 else '')
-    return dict(paragraphs=_method(m), scores=shown_table(scores, 'Test set', keep=list(scores)[1:]),
+    return dict(paragraphs=_method(m), scores=shown_table(scores, 'Test set', keep=list(scores)),
                 classes=shown_table(classes, caption, keep=list(titles.values())),
                 centers=shown_table(centers, 'A center with fewer than 5 patients of a class has no estimate', keep=list(titles.values())),
                 figures=[shown_figure(evaluated, n, c.format(m.positive)) for n, c in result_figures.items()])
@@ -331,7 +331,7 @@ def report_html(
     return page_html(
         title=f'{listing(m.classes).replace(" and ", " or ")}: a patient-level report', positive=m.positive,
         lead=f'{trained.record(Trained).arch} on {about.source}. Made {evaluated.status.started[:10]}, for research.',
-        warnings=warnings, warnings_lead=f'{plural(len(warnings), "finding")} of checks and audit must be read before the result is believed:',
+        warnings=warnings, warnings_lead=f'{plural(len(warnings), "finding")} of checks and audit put the result in doubt:',
         sentences=result_sentences(m, about.best_auc, centers), result=result_section(evaluated, about.best_auc),
         cohort=cohort_section(prepared), audit=audit_section(prepared), training=training_section(trained, derived),
         pictures=_pictures(prepared, evaluated, m.positive), limits=limit_sentences(prepared), origin=origin_section(runs))
