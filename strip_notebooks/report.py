@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['result_figures', 'how_words', 'page_html', 'interval_text', 'p_text', 'shown_table', 'shown_figure', 'verdict_words',
-           'result_sentences', 'metric_titles', 'chance_levels', 'score_table', 'wide_table', 'shown_findings',
-           'cohort_section', 'audit_section', 'training_section', 'result_section', 'limit_sentences',
+           'result_sentences', 'metric_titles', 'chance_levels', 'score_table', 'summary_text', 'wide_table',
+           'shown_findings', 'cohort_section', 'audit_section', 'training_section', 'result_section', 'limit_sentences',
            'without_folders', 'origin_section', 'report_html', 'write_report']
 
 # %% ../nbs/950_report.ipynb #68631ace
@@ -157,6 +157,17 @@ def score_table(
     if best_auc is not None: columns['upper bound'] = [f'{best_auc:.2f}' if n == 'roc_auc' else '' for n in titles]
     return pd.DataFrame(columns)
 
+# %% ../nbs/950_report.ipynb #2eac28f3
+def summary_text(
+    scores:pd.DataFrame,        # level, metric, value, low, high, note
+    evaluated:Evaluated,        # The record of a run of evaluate
+    best_auc:float|None=None,   # The best patient AUC that a synthetic cohort allows, if known
+    centers:pd.DataFrame|None=None, # In long form: center, metric, low
+)->str:                         # Lines
+    "What an evaluation found, as text"
+    table = score_table(scores, evaluated, best_auc).drop(columns='per image (95 % CI)')
+    return '\n'.join([table.to_string(index=False), '', *result_sentences(evaluated, best_auc, centers)])
+
 # %% ../nbs/950_report.ipynb #17caad60
 def wide_table(
     table:pd.DataFrame,     # metric, value, low, high, note, and columns that name the row
@@ -254,7 +265,7 @@ def result_section(
     classes = wide_table(evaluated.table('classes', text=['class']), titles)
     centers = wide_table(evaluated.table('centers', text=['center']), titles)
     caption = 'Each class against the others' + ('; the predicted class is the most probable one' if len(m.classes) > 2 else '')
-    return dict(paragraphs=_method(m), scores=shown_table(scores, 'Test set', keep=list(scores)),
+    return dict(paragraphs=_method(m), scores=shown_table(scores, 'Test set', keep=list(scores)[1:]),
                 classes=shown_table(classes, caption, keep=list(titles.values())),
                 centers=shown_table(centers, 'A center with fewer than 5 patients of a class has no estimate', keep=list(titles.values())),
                 figures=[shown_figure(evaluated, n, c.format(m.positive)) for n, c in result_figures.items()])
@@ -331,7 +342,7 @@ def report_html(
     return page_html(
         title=f'{listing(m.classes).replace(" and ", " or ")}: a patient-level report', positive=m.positive,
         lead=f'{trained.record(Trained).arch} on {about.source}. Made {evaluated.status.started[:10]}, for research.',
-        warnings=warnings, warnings_lead=f'{plural(len(warnings), "finding")} of checks and audit put the result in doubt:',
+        warnings=warnings, warnings_lead=f'{plural(len(warnings), "finding")} of checks and audit must be read before the result is believed:',
         sentences=result_sentences(m, about.best_auc, centers), result=result_section(evaluated, about.best_auc),
         cohort=cohort_section(prepared), audit=audit_section(prepared), training=training_section(trained, derived),
         pictures=_pictures(prepared, evaluated, m.positive), limits=limit_sentences(prepared), origin=origin_section(runs))

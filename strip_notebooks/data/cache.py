@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import StripError, content_hash, file_hash, plural, read_json, write_json
+from .checks import showable
 from .cohort import check_cohort, cohort_readings
 from .decoding import decode
 from .measure import measured, measures_table, read_and_measure
@@ -204,7 +205,7 @@ def contact_sheet(
 ):                              # Matplotlib figure
     "Some images of each class, of different patients, as the model sees them"
     import matplotlib.pyplot as plt
-    if not allow_burned_in: cohort = cohort[cache.measures.burned_in.loc[cohort.image_id].to_numpy() != True]
+    cohort = showable(cohort, cache.measures, allow_burned_in)
     labels = cohort.label if 'label' in cohort else pd.Series('no label', cohort.index)
     classes = sorted(labels.unique())
     fig,axes = plt.subplots(max(1, len(classes)), each, figsize=(1.15*each, 1.25*max(1, len(classes))), layout='constrained', squeeze=False)
