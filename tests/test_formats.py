@@ -112,7 +112,7 @@ def test_dicom_pixels_by_another_way():
         got = read(path)
         np.testing.assert_allclose(got/255. if got.dtype == np.uint8 else got, want, atol=2e-6, err_msg=n)
         checked += 1
-    assert checked > 100
+    assert checked > 90
 
 
 def test_every_frame(dicom):
