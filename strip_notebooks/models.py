@@ -82,8 +82,8 @@ def _head(model):
     ids = {id(p) for p in classifier.parameters()} if isinstance(classifier, nn.Module) else set()
     head = [n for n,p in model.named_parameters() if id(p) in ids]
     if head: return head
-    raise ModelError(f'{type(model).__name__} has no classifier with weights, so it cannot be trained or frozen by stages; '
-                     'choose another architecture.')
+    raise ModelError(f'{type(model).__name__} has no classifier with weights, so it cannot be trained or frozen '
+                     'by stages; choose another architecture.')
 
 def parameter_stages(
     model:nn.Module,        # From `create_model`
@@ -151,7 +151,8 @@ def _adapt_first(model, weights, path):
         if channels == wanted: continue
         try: weights = {**weights, name: adapt_input_conv(wanted, weights[name])}
         except (NotImplementedError, AssertionError) as e:
-            raise ModelError(f'{path} has a first convolution with {channels} channels, which cannot be adapted to {wanted}.') from e
+            raise ModelError(f'{path} has a first convolution with {channels} channels, '
+                             f'which cannot be adapted to {wanted}.') from e
     return weights
 
 # %% ../nbs/300_models.ipynb #66eedbc8
@@ -201,7 +202,7 @@ def hub_weights(
     model:nn.Module,    # A timm model, which knows where its weights are published
     seconds:float=5,    # Longest wait for the hub to answer
 )->str:                 # Path of the safetensors file in the hub's cache
-    "Download the published weights of a model, or find them in the cache; a `ModelError` names the local way if neither works"
+    "Download the published weights of a model, or find them in the cache; a `ModelError` names the local way if not"
     from huggingface_hub import try_to_load_from_cache
     source,file = _published(model)
     cached = try_to_load_from_cache(source, file)
@@ -256,7 +257,7 @@ def create_model(
     pretrained=False,       # False: random start; True: weights from the hub; or the path of a safetensors file
     trainable='all',        # 'all', 'head', or how many stages before the head train with it
 )->nn.Module:               # Gives logits (B, n_classes) for images (B, in_channels, H, W)
-    "Create a model by name; a `ModelError` for an unknown name, with the nearest one, and for weights that cannot be loaded"
+    "Create a model by name; a `ModelError` for an unknown name and for weights that cannot be loaded"
     if n_classes < 2 or in_channels < 1 or not 0 <= dropout < 1:
         raise ModelError(f'n_classes={n_classes}, in_channels={in_channels}, dropout={dropout}: '
                          'at least 2 classes and 1 channel are needed, and dropout is from 0 to below 1.')
@@ -283,7 +284,7 @@ def _multiply_adds(model, size):
 def model_summary(
     model:nn.Module,        # From `create_model`
     size:int=224,           # Height and width of the image, pixels
-)->dict:                    # parameters, trainable, multiply_adds (of one image), megabytes (10**6 bytes of weights and buffers)
+)->dict:                    # parameters, trainable, multiply_adds (of one image), megabytes (weights and buffers)
     "Parameters, cost and size of a model; a `ModelError` if it takes no images of that size"
     weights = list(model.parameters())
     return dict(parameters=sum(p.numel() for p in weights),

@@ -18,8 +18,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..bundle import (BundleError, check_cache, class_probabilities, load_bundle, make_bundle, predict_cohort,
-                                    save_bundle, torch_parts)
+from ..bundle import (BundleError, check_cache, class_probabilities, load_bundle, make_bundle,
+                                    predict_cohort, save_bundle, torch_parts)
 from ..core import file_hash, listing
 from ..processes import progress_style
 from ..data.augment import mix_batch, policy
@@ -114,7 +114,8 @@ def network(self:ImageClassifier)->nn.Module: # In channels-last layout, which i
 def loaders(self:ImageClassifier)->tuple:
     "Augmented training images in a new order each epoch; validation images as they are"
     config = self.config
-    train = CohortImages(self.rows['train'], self.cache, self.classes, policy(config.policy, self.preprocessing.size), config.seed)
+    augment = policy(config.policy, self.preprocessing.size)
+    train = CohortImages(self.rows['train'], self.cache, self.classes, augment, config.seed)
     val = CohortImages(self.rows['val'], self.cache, self.classes)
     return (make_loader(train, config.batch_size, True, config.balance, config.workers, config.seed),
             make_loader(val, config.batch_size, False))
@@ -178,9 +179,9 @@ def summary(self:ImageClassifier,
     patients = rows.drop_duplicates('patient_id').label.value_counts()
     best = trainer.history[best_epoch(trainer.history, self.config.monitor, self.better[self.config.monitor])]
     settings = self.config.model_dump(exclude={'workers'})
-    return dict(images=len(rows), patients={c: int(patients[c]) for c in self.classes}, centers=int(rows.center_id.nunique()),
-                epoch=best['epoch'], weighted_log_loss=best['weighted_log_loss'], auc=best['auc'], device=trainer.device,
-                precision=trainer.precision, training=trainer.fingerprint(),
+    return dict(images=len(rows), patients={c: int(patients[c]) for c in self.classes},
+                centers=int(rows.center_id.nunique()), epoch=best['epoch'], weighted_log_loss=best['weighted_log_loss'],
+                auc=best['auc'], device=trainer.device, precision=trainer.precision, training=trainer.fingerprint(),
                 config={**settings, 'pretrained': Path(self.config.pretrained).name})
 
 @patch
@@ -201,9 +202,10 @@ def parts(self:ImageClassifier,
 )->tuple:               # spec, files: what `save_bundle` takes
     "What the bundle of a trained network holds"
     config = self.config
+    target = config.target if config.rule == 'sensitivity' else None
     spec,files = torch_parts(net, config.arch, dropout=config.dropout, classes=self.classes, positive=self.positive,
-                             prior=self.prior.tolist(), preprocessing=self.preprocessing, threshold=.5, rule=config.rule,
-                             target=config.target if config.rule == 'sensitivity' else None, how=config.how,
+                             prior=self.prior.tolist(), preprocessing=self.preprocessing, threshold=.5,
+                             rule=config.rule, target=target, how=config.how,
                              trained_on=self.summary(trainer))
     return {**spec, 'threshold': self.threshold(spec, files, trainer.device)}, files
 

@@ -37,8 +37,9 @@ def make_optimizer(
     lr:float=1e-3,              # Highest learning rate, above 0
     weight_decay:float=.01,     # Of matrices and kernels only, 0 or more
 )->torch.optim.Optimizer:
-    "AdamW (Loshchilov and Hutter 2019) or SGD with Nesterov momentum 0.9, fused, with weight decay where it makes sense"
-    if name not in optimizer_names: raise TrainingError(f'There is no optimizer {name!r}{nearest(name, optimizer_names)}')
+    "AdamW (Loshchilov and Hutter 2019) or SGD with Nesterov momentum 0.9, fused, with decay where it makes sense"
+    if name not in optimizer_names:
+        raise TrainingError(f'There is no optimizer {name!r}{nearest(name, optimizer_names)}')
     if not lr > 0: raise TrainingError(f'lr={lr} must be above 0.')
     if not weight_decay >= 0: raise TrainingError(f'weight_decay={weight_decay} must be 0 or more.')
     groups = decay_groups(model, weight_decay)
@@ -61,7 +62,7 @@ def make_schedule(
     name:str,           # One of `schedule_names`
     steps:int,          # Optimizer steps of the whole training, 1 or more
     warmup:float=.05,   # Share of the steps in which the rate rises from 1 %, for 'cosine' and 'step', 0 to below 1
-):                      # A torch scheduler; `.step()` after each optimizer step, or `.step(score)` after each epoch for 'plateau'
+):                      # A torch scheduler; `.step()` per optimizer step, or `.step(score)` per epoch for 'plateau'
     "A learning-rate schedule by its name"
     if name not in schedule_names: raise TrainingError(f'There is no schedule {name!r}{nearest(name, schedule_names)}')
     if name == 'plateau': return lr_scheduler.ReduceLROnPlateau(optimizer, factor=.5, patience=3)

@@ -35,7 +35,7 @@ class Task:
     def loss(self, model, batch, seed:int)->torch.Tensor: "The mean loss of a training batch; `seed` is the batch's own"
     def scores(self, logits:torch.Tensor)->dict: "The scores of `better` from all logits of the validation loader"
     def fingerprint(self): "All that decides the weights beside the trainer's settings, as JSON can hold it"
-    def parts(self, net, trainer)->tuple: "What the bundle of a trained network holds: its spec, and its files as name -> bytes"
+    def parts(self, net, trainer)->tuple: "What its bundle holds: the spec, and the files as name -> bytes"
 
     def begin_epoch(self, net:nn.Module, epoch:int):
         "Prepare the network for epoch `epoch`, from 0: here one could unfreeze a stage"
@@ -66,7 +66,7 @@ def pick_precision(
 # %% ../../nbs/420_training.trainer.ipynb #39cd9243
 @contextmanager
 def deterministic():
-    "Inside, torch uses deterministic algorithms, where it has them, on a fixed number of threads; afterwards all is as before"
+    "Inside, torch uses deterministic algorithms, where it has them, on a fixed number of threads"
     was = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     threads = torch.get_num_threads()
@@ -80,6 +80,12 @@ def deterministic():
         torch.set_num_threads(threads)
 
 # %% ../../nbs/420_training.trainer.ipynb #67a144bd
+def _check_monitor(monitor, scores):
+    "A `TrainingError` with the nearest name if a task has no such score"
+    if monitor in scores: return
+    raise TrainingError(f'There is no validation score {monitor!r}{nearest(monitor, scores)}')
+
+# %% ../../nbs/420_training.trainer.ipynb #426054f5
 class Trainer:
     "The pieces of one training, made from a task and its settings alone"
     def __init__(self,
@@ -90,8 +96,7 @@ class Trainer:
         from lightning_fabric import Fabric
         from timm.utils import ModelEmaV3
         self.task,self.config,self.folder = task,config,Path(folder)
-        if config.monitor not in task.better:
-            raise TrainingError(f'There is no validation score {config.monitor!r}{nearest(config.monitor, task.better)}')
+        _check_monitor(config.monitor, task.better)
         self.device = pick_device(config.device)
         self.precision = pick_precision(self.device, config.precision)
         self.fabric = Fabric(accelerator=self.device, devices=1, precision=self.precision)
@@ -102,7 +107,8 @@ class Trainer:
         self.ema = ModelEmaV3(self.net, config.ema, use_warmup=True) if config.ema else None
         self.train_loader,self.val_loader = task.loaders()
         self.steps = math.ceil(len(self.train_loader)/config.accumulate)    # optimizer steps per epoch
-        self.schedule = make_schedule(self.optimizer.optimizer, config.schedule, config.epochs*self.steps, config.warmup)
+        steps = config.epochs*self.steps
+        self.schedule = make_schedule(optimizer, config.schedule, steps, config.warmup)
         self.history,self.best,self.done = [],{},False
 
     best_net = property(lambda self: self.net if self.ema is None else self.ema.module,
@@ -158,7 +164,7 @@ def check_finite(
 )->None:
     "Raise a `TrainingError` if the loss is no longer a number"
     if torch.isfinite(total): return
-    raise TrainingError(f'The loss is no longer a number in epoch {epoch+1}. The checkpoint of the epoch before is intact; '
+    raise TrainingError(f'The loss is no longer a number in epoch {epoch+1}. The checkpoint before it is intact; '
                         'train again with a lower learning rate (lr), a clip above 0, or precision 32-true.')
 
 @patch
@@ -191,7 +197,7 @@ def predict(self:Trainer,
         for batch in loader: logits.append(self.task.logits(net, self.fabric.to_device(batch)).float())
     logits = torch.cat(logits).cpu()
     if torch.isfinite(logits).all(): return logits
-    raise TrainingError('The network predicts values that are not numbers. The checkpoint of the epoch before is intact; '
+    raise TrainingError('The network predicts values that are not numbers. The checkpoint before it is intact; '
                         'train again with a lower learning rate (lr).')
 
 # %% ../../nbs/420_training.trainer.ipynb #e2995223
@@ -329,6 +335,7 @@ def _validate(self:Trainer):
     if self.config.schedule == 'plateau': self.schedule.step(sign*monitored)
     return scores
 
+# %% ../../nbs/420_training.trainer.ipynb #5d4af277
 @patch
 def epoch(self:Trainer)->dict: # The epoch's row of the history: epoch, train_loss, the task's scores, lr
     "Train and validate one epoch, keep the best weights, and write the checkpoint"
@@ -342,6 +349,7 @@ def epoch(self:Trainer)->dict: # The epoch's row of the history: epoch, train_lo
     self.save()
     return self.history[-1]
 
+# %% ../../nbs/420_training.trainer.ipynb #9c51cb50
 @patch
 def fit(self:Trainer,
     on_epoch=(),        # Functions that are called with the history (a table) after each epoch
