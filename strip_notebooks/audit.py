@@ -28,7 +28,8 @@ def _probe_model(features):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     if all(pd.api.types.is_numeric_dtype(t) for t in features.dtypes):
-        return features.to_numpy(float), make_pipeline(StandardScaler(), KNeighborsClassifier(min(15, len(features)//2)))
+        return features.to_numpy(float), make_pipeline(StandardScaler(),
+                                                       KNeighborsClassifier(min(15, len(features)//2)))
     x = np.column_stack([np.unique(features[c].astype(str), return_inverse=True)[1] for c in features])
     return x, CategoricalNB(min_categories=x.max(0) + 1)
 
@@ -37,7 +38,7 @@ def probe(
     target,                 # (P,) what the features may predict: label or center, each with 5 patients or more
     seed:int=0,             # Decides the folds
     repeats:int=2,          # How many times the patients are assigned to 5 folds
-)->list:                    # For each fold of each repeat: the held-out rows (H,), their probability of each sorted class (H, K)
+)->list:                    # Per fold: the held-out rows (H,), their probability of each sorted class (H, K)
     "What `features` alone predict for `target`, of patients that the probe was not fitted on"
     from sklearn.model_selection import RepeatedStratifiedKFold
     y = np.unique(target, return_inverse=True)[1]
@@ -47,12 +48,12 @@ def probe(
 
 # %% ../nbs/210_audit.ipynb #672b49aa
 def _pair_auc(y, scores, weights):
-    "(B,) share of pairs within a fold in which the patient with y=1 has the higher score; `scores` are the folds' (rows, scores)"
+    "(B,) share of pairs within a fold in which y=1 has the higher score; `scores` are the folds' (rows, scores)"
     won, pairs = np.zeros(len(weights)), np.zeros(len(weights))
     for rows, p in scores:
         w, is_one = weights[:, rows], y[rows] == 1
         n_pairs = w[:, is_one].sum(1)*w[:, ~is_one].sum(1)
-        won += np.where(n_pairs > 0, auc(y[rows], p, w)*n_pairs, 0)     # a resample may have nobody of a class in a fold
+        won += np.where(n_pairs > 0, auc(y[rows], p, w)*n_pairs, 0)     # a resample may lack a class in a fold
         pairs += n_pairs
     return won/pairs
 
@@ -65,7 +66,8 @@ def probe_auc(
     classes, y = np.unique(target, return_inverse=True)
     weights = np.vstack([np.ones(len(y)), bootstrap_weights(y, 1000, derive_seed(seed, 'resamples'))])
     ones = [1] if len(classes) == 2 else range(len(classes))
-    values = np.mean([_pair_auc((y == k).astype(int), [(rows, p[:, k]) for rows, p in held], weights) for k in ones], axis=0)
+    def one_against_rest(k): return _pair_auc((y == k).astype(int), [(rows, p[:, k]) for rows, p in held], weights)
+    values = np.mean([one_against_rest(k) for k in ones], axis=0)
     return interval(values[1:], values[0])
 
 # %% ../nbs/210_audit.ipynb #09684e7e
@@ -84,11 +86,12 @@ def patient_features(
     cohort:pd.DataFrame,    # One row per image
     measures:pd.DataFrame,  # Index image_id; height, width (pixels), red, green, blue (0 to 255)
     cache=None,             # The cohort's `Cache`, for the color that the model sees; None takes the measured color
-)->pd.DataFrame:            # Index patient_id; log_height, log_width (log2 pixels), red, green, blue (0 to 255): means over the patient's images
+)->pd.DataFrame:            # Index patient_id; means of log_height, log_width (log2 px), red, green, blue (0 to 255)
     "Mean image size and mean color of each patient"
     table = measures.loc[cohort.image_id].reset_index(drop=True)[['height', 'width', *color_columns]]
     table[['height', 'width']] = np.log2(table[['height', 'width']].astype(float))
-    if cache is not None: table[color_columns] = [cache.images[row].mean((0, 1)) for row in cache.rows(cohort.image_id)]
+    if cache is not None:
+        table[color_columns] = [cache.images[row].mean((0, 1)) for row in cache.rows(cohort.image_id)]
     means = table.groupby(cohort.patient_id.astype(str).to_numpy()).mean().rename_axis('patient_id')
     return means.rename(columns=dict(height='log_height', width='log_width'))
 
@@ -170,8 +173,9 @@ def label_shortcuts(
     subject:str='',         # Whom they are, such as 'training patients'; empty for all
 )->list:                    # AUD010 and AUD011
     "What the center and the image size predict of the label"
-    if set(patients.center_id) == {'unknown'}: tried = NoEstimate('unknown_centers'), dict(n=len(patients), target='label')
-    else: tried = try_probe(patients, ['center_id'], 'label', seed)
+    tried = try_probe(patients, ['center_id'], 'label', seed)
+    if set(patients.center_id) == {'unknown'}:
+        tried = NoEstimate('unknown_centers'), dict(n=len(patients), target='label')
     size = try_probe(patients, ['log_height', 'log_width'], 'label', seed)
     return [probe_finding('AUD010', tried, subject=subject), probe_finding('AUD011', size, subject=subject)]
 
@@ -219,13 +223,15 @@ def _leaks(cohort, patients, measures):
 def audit_leakage(
     cohort:pd.DataFrame,                # One row per image; with or without a `split` column
     measures:pd.DataFrame|None=None,    # Of its images; None measures them
-    cache=None,                         # The cohort's `Cache`, for the colors that the model will see; None takes the measured ones
+    cache=None,
+                  # Its `Cache`, for the colors that the model will see; None takes the measured ones
     seed:int=0,                         # Of folds and resamples
 )->Findings:
-    "Look for leaks between splits and for shortcuts to the label. `CohortError` if a patient has two labels or an image no split"
+    "Look for leaks between splits and shortcuts to the label. `CohortError` for two labels or no split"
     m = measure_images(cohort) if measures is None else measures
     patients = patient_table(cohort).join(patient_features(cohort, m, cache), on='patient_id')
-    if 'split' in cohort: patients['split'] = patients.patient_id.map(dict(zip(cohort.patient_id.astype(str), cohort.split)))
+    if 'split' in cohort:
+        patients['split'] = patients.patient_id.map(dict(zip(cohort.patient_id.astype(str), cohort.split)))
     found = _leaks(cohort, patients, m) + label_shortcuts(patients, seed)
     if 'split' in cohort: found += label_shortcuts(patients[patients.split == 'train'], seed, 'training patients')
     center = [f for f in found if f.code in ('AUD002', 'AUD010') and not isinstance(f.estimate, NoEstimate)]
@@ -248,8 +254,10 @@ def _probe_dot(ax, row, finding):
     if isinstance(e, NoEstimate):
         ax.text(chance + .01, row, 'no estimate', va='center', fontsize=8, color='.4')
         return
-    ax.errorbar(e.value, row, xerr=[[e.value - e.low], [e.high - e.value]], fmt=marker, color=color, ms=6, capsize=0, lw=1.5)
+    ax.errorbar(e.value, row, xerr=[[e.value - e.low], [e.high - e.value]], fmt=marker, color=color, ms=6,
+                capsize=0, lw=1.5)
 
+# %% ../nbs/210_audit.ipynb #4cf5eb68
 def audit_figure(
     findings:Findings,  # From `audit_leakage`
 ):                      # Matplotlib figure
@@ -266,6 +274,7 @@ def audit_figure(
     ax.set_yticks(range(len(probes)), map(_probe_label, probes), fontsize=8)
     lowest = min([f.estimate.low for f in probes if isinstance(f.estimate, Estimate)], default=chance)
     ax.set(xlabel='AUC of the probe (0.5 is chance)', xlim=(min(.4, lowest - .02), 1.02), ylim=(-.6, len(probes) - .4))
-    ax.legend(frameon=False, fontsize=8, ncols=4, loc='lower right', bbox_to_anchor=(1, .99), handlelength=.8, columnspacing=1)
+    ax.legend(frameon=False, fontsize=8, ncols=4, loc='lower right', bbox_to_anchor=(1, .99), handlelength=.8,
+              columnspacing=1)
     ax.spines[['top', 'right']].set_visible(False)
     return fig

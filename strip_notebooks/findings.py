@@ -69,6 +69,7 @@ def fill(
     "A template with its fields filled in"
     return _Words().format(template, **values)
 
+# %% ../nbs/050_findings.ipynb #783f75b7
 def estimate_text(
     estimate:Estimate,  # A number and its interval
     digits:int=2,       # Decimals
@@ -115,7 +116,7 @@ class Finding:
     verdict:Verdict                         # How serious it is
     outcome:str                             # Which of the kind's sentences holds
     subject:str = ''                        # Whom it is about, such as 'training patients'; empty for the whole cohort
-    estimate:Estimate|NoEstimate|None = None # The number with its interval, or why there is none; None where there is no question of one
+    estimate:Estimate|NoEstimate|None = None # The number, or why there is none; None if none was asked for
     values:dict = field(default_factory=dict) # Counts and names that the sentence needs
 
     def __post_init__(self):
@@ -135,7 +136,8 @@ def sentence(self:Finding)->str: # Ends with a period
     "The finding in words"
     values = dict(self.values, subject=self.subject, among=f' among {self.subject}' if self.subject else '')
     if isinstance(self.estimate, Estimate): values['estimate'] = self.estimate
-    if isinstance(self.estimate, NoEstimate): values['reason'] = fill(no_estimate_reasons[self.estimate.reason], **values)
+    if isinstance(self.estimate, NoEstimate):
+        values['reason'] = fill(no_estimate_reasons[self.estimate.reason], **values)
     default = f'{self.kind.title}: not known, because {{reason}}.'
     return fill(self.kind.sentences.get(self.outcome, default), **values)
 
@@ -154,7 +156,7 @@ def _row(finding):
 class Findings(list):
     "Findings in order"
     @property
-    def table(self)->pd.DataFrame: # One row per finding: code, subject, verdict, outcome, n, value, low, high, reason, values (JSON)
+    def table(self)->pd.DataFrame: # One row per finding, with the columns of `finding_columns`
         "The findings as numbers and codes"
         table = pd.DataFrame([_row(f) for f in self], columns=finding_columns)
         numbers = ['n', 'value', 'low', 'high']
@@ -192,7 +194,9 @@ def find(self:Findings,
 )->Finding:         # The first that fits
     "The finding with a code. `StripError` if there is none"
     fits = [f for f in self if (f.code, f.subject) == (code, subject)]
-    if not fits: raise StripError(f'There is no finding {code} {subject}'.rstrip() + f'; there are {listing(sorted({f.code for f in self}))}.')
+    if not fits:
+        known = listing(sorted({f.code for f in self}))
+        raise StripError(f'There is no finding {code} {subject}'.rstrip() + f'; there are {known}.')
     return fits[0]
 
 @patch
@@ -209,7 +213,8 @@ define('CHK001', 'Unreadable images', Verdict.ERROR, 'Images that no reader coul
        found='{n:#image} cannot be read.')
 define('CHK002', 'Blank images', Verdict.WARNING, 'Images of one color all over, with a contrast below 3 of 255.',
        'Look at them, and leave out what shows no clot.',
-       none='No image is blank.', some='None of the {looked_at:#readable image} is blank.', found='{n:#image} {n:is|are} of one color all over.')
+       none='No image is blank.', some='None of the {looked_at:#readable image} is blank.',
+       found='{n:#image} {n:is|are} of one color all over.')
 define('CHK003', 'Tiny images', Verdict.WARNING, 'Images whose shorter side is below a limit.',
        'Look for the full-size files; thumbnails show no tissue.',
        none='No image is tiny.', some='None of the {looked_at:#readable image} is tiny.',
@@ -217,28 +222,32 @@ define('CHK003', 'Tiny images', Verdict.WARNING, 'Images whose shorter side is b
 define('CHK004', 'Near-duplicate images', Verdict.WARNING,
        'Pairs of images that look the same: at most 20 of the 256 bits of their perceptual hashes differ.',
        'Look at the pairs. The same clot under two patients is a leak: merge the patients or leave one out.',
-       none='No two images are near-duplicates.', some='No two of the {looked_at:#image} that can be compared are near-duplicates.',
-       found='{pairs:#pair} of images {pairs:looks|look} the same.');
+       none='No two images are near-duplicates.', some='No two of the {looked_at:#image} that can be compared '
+                                                       'are near-duplicates.',
+       found='{pairs:#pair} of images {pairs:looks|look} the same.')
 
 # %% ../nbs/050_findings.ipynb #9aec0287
 define('CHK005', 'Patients per class', Verdict.ERROR, 'Two classes or more, each with at least 10 patients.',
        'Collect more patients, or leave the class out.',
-       enough='{classes:#patient}.', few='{classes:#patient}; fewer than {least} of a class allow no reliable estimate.',
+       enough='{classes:#patient}.', few='{classes:#patient}; fewer than {least} of a class allow no reliable '
+                                         'estimate.',
        one='{classes:#patient}; a classifier needs two classes.')
-define('CHK006', 'Images per patient', Verdict.OK, 'How many images show each patient. All of them go to one split.', 'Nothing.',
-       same='{images:#image} of {n:#patient}, {least} per patient.', range='{images:#image} of {n:#patient}, {least} to {most} per patient.')
+define('CHK006', 'Images per patient', Verdict.OK, 'How many images show each patient. All of them go to one '
+                                                   'split.', 'Nothing.',
+       same='{images:#image} of {n:#patient}, {least} per patient.',
+       range='{images:#image} of {n:#patient}, {least} to {most} per patient.')
 define('CHK007', 'Patients per center', Verdict.WARNING, 'Each center has patients of every class.',
        'Read AUD010: the audit asks whether the center predicts the label.',
-       one='All patients are from one center.', all='{of:#center} with {least} to {most} patients.',
-       one_sided='{of:#center} with {least} to {most} patients; {n} of them {n:lacks|lack} a class.')
+       one='All patients are from one center.', all='{of:#center} with {least} to {most:#patient}.',
+       one_sided='{of:#center} with {least} to {most:#patient}; {n} of them {n:lacks|lack} a class.')
 define('CHK014', 'Patients at two centers', Verdict.NOTE, 'Patients with images from more than one center.',
        'Check the center ids. In splits such a patient belongs to the center with most of the images.',
-       none='Every patient has images from one center.', found='{n:#patient} {n:has|have} images from more than one center.')
+       none='Every patient has images from one center.', found='{n:#patient} with images from more than one center.')
 define('CHK015', 'Values that are nearly the same', Verdict.WARNING,
        'Ids, labels or centers that differ only by a space or by capital letters. They count as different.',
        'Write them the same way if they are the same.',
        none='No two values differ only by a space or by capital letters.',
-       found='{n:#value} of {columns:&} {n:differs|differ} from another only by a space or by capital letters.');
+       found='{n:#value} of {columns:&} {n:differs|differ} from another only by a space or by capital letters.')
 
 # %% ../nbs/050_findings.ipynb #a0a35149
 define('CHK008', 'File formats', Verdict.WARNING, 'All files have one format.',
@@ -248,16 +257,20 @@ define('CHK009', 'Image sizes', Verdict.WARNING, 'All images have one size.',
        'Read AUD011: the audit asks whether the size predicts the label.',
        one='All images have {width} × {height} px.',
        several='{sizes:#size} of images, most often {width} × {height} px ({most} of {n}).')
-define('CHK010', 'Brightness', Verdict.WARNING, 'No image is nearly black or white (a mean below 10 or above 245 of 255).',
+define('CHK010', 'Brightness', Verdict.WARNING, 'No image is nearly black or white (a mean below 10 or above '
+                                                '245 of 255).',
        'Look at these images.',
        none='The mean of an image is {least} to {most} of 255.',
-       found='{n:#image} {n:is|are} nearly black or white; the mean of an image is {least} to {most} of 255.');
+       found='{n:#image} {n:is|are} nearly black or white; the mean of an image is {least} to {most} of 255.')
 
 # %% ../nbs/050_findings.ipynb #fec86f61
-define('CHK011', 'Burned-in text', Verdict.WARNING, 'DICOM files whose BurnedInAnnotation is YES: the pixels may show a name.',
-       'Look at the images where patients may be seen, and cut the text off. Until then they are left out of figures and reports.',
+define('CHK011', 'Burned-in text', Verdict.WARNING, 'DICOM files whose BurnedInAnnotation is YES: the pixels '
+                                                    'may show a name.',
+       'Look at the images where patients may be seen, and cut the text off. Until then they are left out of '
+       'figures and reports.',
        none='No file says that text is burned into its pixels.',
-       found='{n:#image} may show text that identifies the patient; {n:it is|they are} left out of figures and reports.',
+       found='{n:#image} may show text that identifies the patient; {n:it is|they are} left out of figures and '
+             'reports.',
        allowed='{n:#image} may show text that identifies the patient, and {n:is|are} allowed in figures and reports.')
 define('CHK012', 'Centers that look like names', Verdict.WARNING,
        'More than half of the centers have one patient: the column may hold patients or their names.',
@@ -266,10 +279,12 @@ define('CHK012', 'Centers that look like names', Verdict.WARNING,
        found='{n} of {of:#center} {n:has|have} one patient; centers are numbered outside the data folder.')
 define('CHK013', 'Paths outside the folder', Verdict.NOTE, 'Images whose path leads out of the folder of their table.',
        'Check that these are the images you mean; a copied table may point to old files.',
-       none='All images are in the folder of their table.', found='{n:#image} {n:is|are} outside the folder of {n:its|their} table.');
+       none='All images are in the folder of their table.',
+       found='{n:#image} {n:is|are} outside the folder of {n:its|their} table.')
 
 # %% ../nbs/050_findings.ipynb #f079ce2d
-define('AUD001', 'Shared patients', Verdict.ERROR, 'Patients in more than one split. The model is tested on patients it was trained on.',
+define('AUD001', 'Shared patients', Verdict.ERROR, 'Patients in more than one split. The model is tested on '
+                                                   'patients it was trained on.',
        'Split again by patient; no result of this split is valid.',
        none='No patient is in more than one split.',
        found='{n:#patient} {n:is|are} in more than one split: no result of this split is valid.')
@@ -278,15 +293,17 @@ define('AUD002', 'Center in one split', Verdict.WARNING,
        'Read the result as one about a new center, or split again over all centers.',
        none='No center is in one split only.',
        train='Center {center} is only in the training set ({n:#patient}): the test says nothing about this center.',
-       val='Center {center} is only in the validation set ({n:#patient}): the epoch is chosen on a center that training lacks.',
-       test='Center {center} is only in the test set ({n:#patient}): the test asks how the model does at a center that it has never seen.')
+       val='Center {center} is only in the validation set ({n:#patient}): the epoch is chosen on a center that '
+           'training lacks.',
+       test='Center {center} is only in the test set ({n:#patient}): the test asks how the model does at a '
+            'center that it has never seen.')
 define('AUD003', 'Near-duplicates across splits', Verdict.WARNING,
        'Images of different patients that look the same: one slide scanned twice, or one patient under two ids.',
        'Look at the pairs. The same clot under two patients is a leak: merge the patients and split again.',
        none='No two images of different patients are near-duplicates.',
        none_across='No two images in different splits are near-duplicates.',
        found='{n:#pair} of near-duplicates {n:shows|show} different patients.',
-       found_across='{n:#pair} of near-duplicates {n:is|are} in different splits.');
+       found_across='{n:#pair} of near-duplicates {n:is|are} in different splits.')
 
 # %% ../nbs/050_findings.ipynb #c5c852f6
 def _probe(
@@ -301,7 +318,8 @@ def _probe(
     return dict(
         {k: f'{start} {score}. {v}' for k, v in tells.items()},
         little=f'{start.replace("predicts", "may predict")} {score}, but too little to explain a result.',
-        nothing=f'{feature[0].upper()}{feature[1:]} alone: AUC {{estimate}} for the {target}{{among}}, not distinguishable from chance.',
+        nothing=f'{feature[0].upper()}{feature[1:]} alone: AUC {{estimate}} for the {target}{{among}}, not '
+                'distinguishable from chance.',
         no_estimate=f'Whether {whether} cannot be estimated: {{reason}}.')
 
 # %% ../nbs/050_findings.ipynb #07157bad
@@ -310,27 +328,33 @@ define('AUD010', 'Center → label', Verdict.WARNING, 'Does the center alone pre
        **_probe('the center', 'label', tells='This is a shortcut: a model can score as high without seeing the clot.'))
 define('AUD011', 'Image size → label', Verdict.WARNING, 'Do height and width of the images alone predict the label?',
        'Bring all images to one size and magnification before a result is believed.',
-       **_probe('the image size', 'label', tells='This is a shortcut, unless the images were cut to what they show.'));
+       **_probe('the image size', 'label', tells='This is a shortcut, unless the images were cut to what they show.'))
 
 # %% ../nbs/050_findings.ipynb #a00b6fa8
 define('AUD012', 'Mean color → label', Verdict.WARNING, 'Does the mean color of the images alone predict the label?',
-       'If it does so only between centers, normalize the stain, and test on centers that the model was not trained on.',
+       'If it does so only between centers, normalize the stain, and test on centers that the model was not '
+       'trained on.',
        **_probe('the mean color', 'label',
-                tells='It does so within a center too, as tissue can: red cells color a clot. A network must beat this baseline.',
+                tells='It does so within a center too, as tissue can: red cells color a clot. A network must '
+                      'beat this baseline.',
                 between='Within centers it does not: it reflects the stain or the scanner of the center, a shortcut.',
                 unknown='The centers are not known, so this may be a stain or a scanner as well as tissue.'))
-define('AUD013', 'Color within centers → label', Verdict.WARNING, 'Does the color, compared within centers, predict the label?',
+define('AUD013', 'Color within centers → label', Verdict.WARNING,
+       'Does the color, compared within centers, predict the label?',
        'Collect more patients if it could not be estimated; otherwise nothing: this is what tissue can do.',
        **_probe('the color, compared within centers,', 'label', tells='It may reflect the tissue itself.'))
 define('AUD014', 'Mean color → center', Verdict.WARNING, 'Does the mean color alone predict the center?',
        'Stains differ. Normalize them where the center predicts the label or is in one split only.',
-       **_probe('the mean color', 'center', tells='Stains differ; this is harmless as long as the center does not predict the label.',
-                matters='The center predicts the label or is in one split only, so a model can use the stain in place of the clot, '
-                        'or fail on a stain that it has not seen.'));
+       **_probe('the mean color', 'center', tells='Stains differ; this is harmless as long as the center does '
+                                                  'not predict the label.',
+                matters='The center predicts the label or is in one split only, so a model can use the stain in '
+                        'place of the clot, '
+                        'or fail on a stain that it has not seen.'))
 
 # %% ../nbs/050_findings.ipynb #ae12020c
 def code_table()->pd.DataFrame: # One row per code: code, title, worst verdict, meaning, what to do
     "All kinds of findings, what they mean and what to do"
-    rows = [{'code': k.code, 'title': k.title, 'worst verdict': str(k.worst), 'meaning': k.meaning, 'what to do': k.remedy}
+    rows = [{'code': k.code, 'title': k.title, 'worst verdict': str(k.worst), 'meaning': k.meaning,
+             'what to do': k.remedy}
             for k in kinds.values()]
     return pd.DataFrame(rows).sort_values('code', ignore_index=True)

@@ -100,21 +100,26 @@ def _doubts(evaluated, best_auc, centers):
     "Sentences about what makes the result uncertain or suspicious"
     auc, few = evaluated.auc, {c: n for c, n in evaluated.test_patients.items() if n < 5}
     if few: yield f'With only {_patients(few)} the interval itself is not reliable.'
-    if auc.high - auc.low > .25: yield f'The interval is {auc.high - auc.low:.2f} wide: more test patients are needed to say how good the model is.'
+    if auc.high - auc.low > .25:
+        yield f'The interval is {auc.high - auc.low:.2f} wide: only more test patients can say how good the model is.'
     if auc.low > .5 and centers is not None:
         rows = centers[(centers.metric == 'roc_auc') & (centers.low <= .5)]
-        if len(rows): yield f'Not distinguishable from chance at center {listing(rows.center.astype(str))}: see the table per center.'
+        names = listing(rows.center.astype(str))
+        if names: yield f'Not distinguishable from chance at center {names}: see the table per center.'
     if best_auc is None: return
     yield f'Upper bound of the generator of this synthetic cohort: AUC {best_auc:.2f}.'
-    if auc.low > best_auc: yield 'The whole interval is above this bound: something other than the clot predicts the label.'
+    if auc.low > best_auc:
+        yield 'The whole interval is above this bound: something other than the clot predicts the label.'
 
+# %% ../nbs/950_report.ipynb #aac1a22e
 def result_sentences(
     evaluated:Evaluated,            # The record of a run of evaluate
     best_auc:float|None=None,       # The best patient AUC that a synthetic cohort allows, if known
     centers:pd.DataFrame|None=None, # In long form: center, metric, low
 )->list[str]:                       # The first one is the result
     "What the evaluation found, in sentences"
-    auc, behind = evaluated.auc, f'Test set: {_patients(evaluated.test_patients)}; the positive class is {evaluated.positive}.'
+    auc = evaluated.auc
+    behind = f'Test set: {_patients(evaluated.test_patients)}; the positive class is {evaluated.positive}.'
     if np.isnan(auc.value): return ['No patient AUC: both classes are needed in the test set.', behind]
     said = [f'Patient AUC {estimate_text(auc)}: {verdict_words(auc)}.', behind]
     if not np.isnan(evaluated.permutation_p):
@@ -127,10 +132,12 @@ def metric_titles(
 )->dict:                    # Name of a metric in the table of scores -> its usual name
     "The metrics in the order of the report"
     others = listing(c for c in evaluated.classes if c != evaluated.positive)
-    return dict(roc_auc='ROC AUC', pr_auc='average precision', balanced_accuracy='balanced accuracy', accuracy='accuracy',
+    return dict(roc_auc='ROC AUC', pr_auc='average precision',
+                balanced_accuracy='balanced accuracy', accuracy='accuracy',
                 sensitivity=f'sensitivity (for {evaluated.positive})', specificity=f'specificity (for {others})',
                 ppv='positive predictive value', npv='negative predictive value', f1='F1', mcc='Matthews correlation',
-                weighted_log_loss='class-weighted log loss', weighted_log_loss_shifted='prior-shifted log loss (equal class priors)',
+                weighted_log_loss='class-weighted log loss',
+                weighted_log_loss_shifted='prior-shifted log loss (equal class priors)',
                 log_loss='log loss', brier='Brier score', calibration_error='calibration error')
 
 def chance_levels(
@@ -139,7 +146,8 @@ def chance_levels(
     "What a model without any knowledge reaches, where that does not depend on its threshold"
     patients = evaluated.test_patients
     prevalence = patients.get(evaluated.positive, 0)/max(sum(patients.values()), 1)
-    return dict(roc_auc=.5, pr_auc=prevalence, balanced_accuracy=.5, mcc=0., weighted_log_loss_shifted=float(np.log(2)))
+    return dict(roc_auc=.5, pr_auc=prevalence, balanced_accuracy=.5, mcc=0.,
+                weighted_log_loss_shifted=float(np.log(2)))
 
 # %% ../nbs/950_report.ipynb #3f364e92
 def score_table(
@@ -152,7 +160,9 @@ def score_table(
     columns = {'metric': list(titles.values())}
     for level in ('patient', 'image'):
         rows = scores[scores.level == level].set_index('metric')
-        columns[f'per {level} (95 % CI)'] = [interval_text(*rows.loc[n, ['value', 'low', 'high', 'note']]) for n in titles]
+        columns[f'per {level} (95 % CI)'] = [interval_text(*rows.loc[n,
+                                                                     ['value', 'low', 'high',
+                                                                      'note']]) for n in titles]
     columns['chance'] = [f'{chance[n]:.2f}' if n in chance else '' for n in titles]
     if best_auc is not None: columns['upper bound'] = [f'{best_auc:.2f}' if n == 'roc_auc' else '' for n in titles]
     return pd.DataFrame(columns)
@@ -191,6 +201,7 @@ def shown_findings(
     def remedy(f): return '' if f.verdict == Verdict.OK else f.kind.remedy
     return [dict(code=f.code, verdict=str(f.verdict), sentence=f.sentence, remedy=remedy(f)) for f in found]
 
+# %% ../nbs/950_report.ipynb #0731bbb7
 def cohort_section(
     prepared:Run,   # A run of prepare
 )->dict:
@@ -199,27 +210,34 @@ def cohort_section(
     source = m.source[:1].upper() + m.source[1:]
     given = f'{source}: {plural(m.images + m.quarantined, "image")}, of which {m.quarantined:,} quarantined.'
     centers = f'from {plural(m.centers, "center")}' if m.centers else 'from unknown centers'
-    used = f'The cohort has {plural(m.images, "image")} of {plural(m.patients, "patient")} {centers}. {m.split} All images of a patient are in one split.'
+    used = f'The cohort has {plural(m.images, "image")} of {plural(m.patients, "patient")} {centers}.'
+    used += f' {m.split} All images of a patient are in one split.'
     splits = prepared.table('splits').replace(dict(split=dict(train='training', val='validation')))
     tables = [shown_table(splits, 'Patients, images, patients of each class, and centers in each split')]
     if m.quarantined: tables.append(shown_table(prepared.table('quarantine_reasons'), 'Quarantined images by reason'))
     fine = [f for f in found if f.verdict == Verdict.OK]
-    return dict(paragraphs=[given, used], tables=tables, fine=shown_findings(fine), fine_lead=f'{plural(len(fine), "check")} without a problem',
+    return dict(paragraphs=[given, used], tables=tables, fine=shown_findings(fine),
+                fine_lead=f'{plural(len(fine), "check")} without a problem',
                 findings=shown_findings([f for f in found if f.verdict != Verdict.OK]),
-                figure=shown_figure(prepared, 'validation', 'The cohort by class and center, file format, image size and brightness.'))
+                figure=shown_figure(prepared, 'validation', 'The cohort by class and center, file format, image '
+                                                            'size and brightness.'))
 
+# %% ../nbs/950_report.ipynb #bafa9acf
 def audit_section(
     prepared:Run,   # A run of prepare
 )->dict:
     "What could mislead the reader: leaks between the splits and shortcuts to the label"
-    caption = 'AUC with 95 % confidence interval of what each feature predicts alone. The line is chance; a warning needs an interval above the shaded band.'
-    return dict(findings=shown_findings(read_findings(prepared.table('audit'))), figure=shown_figure(prepared, 'audit', caption))
+    caption = ('AUC with 95 % confidence interval of what each feature predicts alone. The line is chance; '
+               'a warning needs an interval above the shaded band.')
+    return dict(findings=shown_findings(read_findings(prepared.table('audit'))),
+                figure=shown_figure(prepared, 'audit', caption))
 
 # %% ../nbs/950_report.ipynb #f00292ad
 def _derived_words(derived):
     "What a run of derive changed"
-    given = {k: v for k, v in derived.parameters.items() if v not in ('', None, []) and not k.endswith('_run') and k != 'seed'}
-    return f'The bundle was derived from the trained one in {derived.name}, with {listing(f"{k} = {v}" for k, v in given.items())}.'
+    def told(k, v): return v not in ('', None, []) and not k.endswith('_run') and k != 'seed'
+    settings = listing(f'{k} = {v}' for k, v in derived.parameters.items() if told(k, v))
+    return f'The bundle was derived from the trained one in {derived.name}, with {settings}.'
 
 def training_section(
     trained:Run,            # A run of train
@@ -227,8 +245,10 @@ def training_section(
 )->dict:
     "Which model was trained, for how long, and how it went"
     m = trained.record(Trained)
-    said = [f'{m.arch} with {plural(m.parameters, "parameter")}, {plural(m.epochs, "epoch")} on {m.device} ({m.precision}). '
-            f'The weights of epoch {m.best_epoch} are kept, chosen by the {m.monitor.replace("_", " ")} of the patients in the validation set. '
+    said = [f'{m.arch} with {plural(m.parameters, "parameter")}, {plural(m.epochs, "epoch")} on {m.device} '
+            f'({m.precision}). '
+            f'The weights of epoch {m.best_epoch} are kept, chosen by the {m.monitor.replace("_", " ")} of the '
+            'patients in the validation set. '
             'The test set was not used.']
     if derived is not None: said.append(_derived_words(derived))
     caption = 'Loss and the validation score per epoch.'
@@ -236,22 +256,29 @@ def training_section(
 
 # %% ../nbs/950_report.ipynb #d41459f6
 result_figures = dict(
-    roc='ROC curve: sensitivity for {} and 1 − specificity at every threshold. Further above the dotted line is better.',
+    roc='ROC curve: sensitivity for {} and 1 − specificity at every threshold. Further above the dotted line is '
+        'better.',
     pr='Precision and sensitivity for {} at every threshold.',
     scores='Predicted probability of {} per patient, by true class; a box holds the middle half.',
-    reliability='Calibration curve: observed vs predicted probability of {}. On the dotted line a prediction can be read as a probability.',
+    reliability='Calibration curve: observed vs predicted probability of {}. On the dotted line a prediction '
+                'can be read as a probability.',
     confusion='Confusion matrix at the operating point.',
-    decision='Decision curve: net benefit of acting on the model. It is useful where it is above both other lines (Vickers and Elkin 2006).')
+    decision='Decision curve: net benefit of acting on the model. It is useful where it is above both other '
+             'lines (Vickers and Elkin 2006).')
 
 how_words = dict(mean='the mean', vote='the share of votes', max='the maximum')
 
 def _method(evaluated):
     "How a patient is classified, and where the intervals come from"
-    rule = f'{evaluated.positive} if p ≥ {evaluated.threshold:.3f}, an operating point chosen on the validation set ({evaluated.rule})'
-    return [f'The positive class is {evaluated.positive}. The predicted probability of a patient is {how_words[evaluated.how]} over the images of the patient. '
+    rule = f'{evaluated.positive} if p ≥ {evaluated.threshold:.3f}'
+    rule += f', an operating point chosen on the validation set ({evaluated.rule})'
+    return [f'The positive class is {evaluated.positive}. The predicted probability of a patient is '
+            f'{how_words[evaluated.how]} over the images of the patient. '
             f'A patient is classified as {rule} and applied to the test set unchanged.',
-            f'Intervals are 95 % confidence intervals from {evaluated.resamples:,} bootstrap resamples of patients; for proportions of 0 or 1, '
-            "Wilson's. The interval of the calibration error is approximate. Lower is better for log losses, Brier score and calibration error."]
+            f'Intervals are 95 % CI of {evaluated.resamples:,} bootstrap resamples of patients; for proportions '
+            'of 0 or 1, '
+            "Wilson's. The interval of the calibration error is approximate. Lower is better for log losses, "
+            "Brier score and calibration error."]
 
 # %% ../nbs/950_report.ipynb #29996aad
 def result_section(
@@ -264,10 +291,12 @@ def result_section(
     scores = score_table(evaluated.table('scores'), m, best_auc)
     classes = wide_table(evaluated.table('classes', text=['class']), titles)
     centers = wide_table(evaluated.table('centers', text=['center']), titles)
-    caption = 'Each class against the others' + ('; the predicted class is the most probable one' if len(m.classes) > 2 else '')
+    caption = 'Each class against the others'
+    if len(m.classes) > 2: caption += '; the predicted class is the most probable one'
     return dict(paragraphs=_method(m), scores=shown_table(scores, 'Test set', keep=list(scores)[1:]),
                 classes=shown_table(classes, caption, keep=list(titles.values())),
-                centers=shown_table(centers, 'A center with fewer than 5 patients of a class has no estimate', keep=list(titles.values())),
+                centers=shown_table(centers, 'A center with fewer than 5 patients of a class has no estimate',
+                                    keep=list(titles.values())),
                 figures=[shown_figure(evaluated, n, c.format(m.positive)) for n, c in result_figures.items()])
 
 # %% ../nbs/950_report.ipynb #01761765
@@ -275,14 +304,18 @@ def limit_sentences(
     prepared:Run,   # A run of prepare
 )->list[str]:
     "What the result does not show"
-    same = ('The test patients are from the same centers as the training patients: how the model performs at another hospital is not known.')
+    same = ('The test patients are from the same centers as the training patients: how the model performs at '
+            'another hospital is not known.')
     other = 'The test patients are from centers that the model was not trained on, and only from those.'
     synthetic = ['The images are synthetic clots: nothing here says anything about patients.']
     said = synthetic if prepared.record(Prepared).best_auc is not None else []
     return said + [other if prepared.parameters.get('test_centers') else same,
-        'This is one split of one cohort and one training. The intervals are about other patients like these, not about another split or another seed; use cross-validation for that.',
-        'Anyone who looks at this page, changes the model and looks again, selects on the test set, and the numbers become too good.',
-        'The share of each class is that of this cohort. Where it differs, predictive values, accuracy and calibration differ too.',
+        'This is one split of one cohort and one training. The intervals are about other patients like these, '
+        'not about another split or another seed; use cross-validation for that.',
+        'Anyone who looks at this page, changes the model and looks again, selects on the test set, and the '
+        'numbers become too good.',
+        'The share of each class is that of this cohort. Where it differs, predictive values, accuracy and '
+        'calibration differ too.',
         'Whether anyone would be treated better because of the model was not studied.']
 
 # %% ../nbs/950_report.ipynb #932d4906
@@ -321,14 +354,15 @@ def _chain(evaluated):
 
 def _warnings(prepared):
     "Warnings and errors of checks and audit, the worst first"
-    found = [(f, section) for name, section in (('audit', 'audit'), ('checks', 'cohort')) for f in read_findings(prepared.table(name)).warnings]
-    return [dict(sentence=f.sentence, code=f.code, section=section) for f, section in sorted(found, key=lambda pair: -pair[0].verdict.rank)]
+    audit, checks = (read_findings(prepared.table(name)).warnings for name in ('audit', 'checks'))
+    found = sorted(audit + checks, key=lambda f: -f.verdict.rank)
+    return [dict(sentence=f.sentence, code=f.code, section='audit' if f in audit else 'cohort') for f in found]
 
 def _pictures(prepared, evaluated, positive):
     "Images of the cohort, and of the result"
-    surest = f'Test images with the highest confidence, right and wrong, with their predicted probability of {positive}.'
+    sure = f'Test images with the highest confidence, right and wrong, with their predicted probability of {positive}.'
     return [shown_figure(prepared, 'contact_sheet', 'Images of the cohort by class, as the model sees them.'),
-            shown_figure(evaluated, 'pictures', surest)]
+            shown_figure(evaluated, 'pictures', sure)]
 
 # %% ../nbs/950_report.ipynb #cb5b3d39
 def report_html(
@@ -342,11 +376,14 @@ def report_html(
     return page_html(
         title=f'{listing(m.classes).replace(" and ", " or ")}: a patient-level report', positive=m.positive,
         lead=f'{trained.record(Trained).arch} on {about.source}. Made {evaluated.status.started[:10]}, for research.',
-        warnings=warnings, warnings_lead=f'{plural(len(warnings), "finding")} of checks and audit must be read before the result is believed:',
+        warnings=warnings, warnings_lead=f'{plural(len(warnings), "finding")} of checks and audit must be read '
+                                         'before the result is believed:',
         sentences=result_sentences(m, about.best_auc, centers), result=result_section(evaluated, about.best_auc),
         cohort=cohort_section(prepared), audit=audit_section(prepared), training=training_section(trained, derived),
-        pictures=_pictures(prepared, evaluated, m.positive), limits=limit_sentences(prepared), origin=origin_section(runs))
+        pictures=_pictures(prepared, evaluated, m.positive), limits=limit_sentences(prepared),
+        origin=origin_section(runs))
 
+# %% ../nbs/950_report.ipynb #f1fff15d
 def write_report(
     run:Run,        # A run of report, in which the page is written
     evaluated:Run,  # A run of evaluate; it links to the runs before it

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import (StripError, class_colors, content_hash, derive_seed, listing, nearest, plural, read_json,
+from .core import (StripError, class_colors, content_hash, derive_seed, listing, nearest, plural,
+                                  read_json,
                                   write_json, write_text)
 from .data.cohort import CohortError, check_cohort, patient_table, split_names
 
@@ -56,10 +57,12 @@ def _needed(ratios):
 # %% ../nbs/200_splits.ipynb #0f9c30d4
 def _require(patients, need, what):
     "`SplitError` if a class has fewer than `need` patients; `what` says what needs them"
-    if 'label' not in patients: raise SplitError('The cohort has no labels, so it cannot be split by class; add a column label.')
+    if 'label' not in patients:
+        raise SplitError('The cohort has no labels, so it cannot be split by class; add a column label.')
     for label, count in patients.label.value_counts().sort_index().items():
         if count >= need: continue
-        raise SplitError(f'Class {label!r} has {plural(count, "patient")}, but {what} needs at least {need} of each class; '
+        raise SplitError(f'Class {label!r} has {plural(count, "patient")}, but {what} needs at least {need} of '
+                         'each class; '
                          'collect more patients, use fewer splits, or leave the class out.')
 
 def _assign(patients, ratios, *seed):
@@ -84,7 +87,7 @@ def split_patients(
     ratios=(.7, .15, .15),      # Shares of patients for train, val and test, each above 0, sum 1
     seed:int=0,                 # Decides which patient goes where
 )->pd.DataFrame:                # The cohort with a column `split`: 'train', 'val' or 'test'; `attrs['split']` says how
-    "Split by patient, stratified by label, balanced over centers. `SplitError` on bad ratios or too few patients of a class"
+    "Split by patient, stratified by label, balanced over centers. `SplitError` on bad ratios or too few patients"
     if len(ratios) != 3 or min(ratios) <= 0 or not abs(sum(ratios) - 1) <= 1e-6:
         raise SplitError(f'ratios={tuple(ratios)} are not three shares above 0 that sum to 1; '
                          'give train, val and test, such as (.7, .15, .15).')
@@ -110,7 +113,8 @@ def split_table(
     for name in split_names + ['all']:
         mine = patients if name == 'all' else patients[patients.split == name]
         classes = {c: int((mine.label == c).sum()) for c in sorted(patients.label.unique())}
-        rows[name] = dict(patients=len(mine), images=int(mine.n_images.sum()), **classes, centers=mine.center_id.nunique())
+        rows[name] = dict(patients=len(mine), images=int(mine.n_images.sum()), **classes,
+                          centers=mine.center_id.nunique())
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('split')
 
 # %% ../nbs/200_splits.ipynb #ee7ada71
@@ -127,8 +131,10 @@ def _bar(ax, counts, colors):
     ax.set_ylim(0, 1)
     ax.spines[['top', 'right']].set_visible(False)
     ax.tick_params(axis='x', labelsize=7)
-    ax.legend(frameon=False, fontsize=8, ncols=len(colors), loc='lower left', bbox_to_anchor=(-.02, 1), handlelength=1, columnspacing=1)
+    ax.legend(frameon=False, fontsize=8, ncols=len(colors), loc='lower left', bbox_to_anchor=(-.02, 1),
+              handlelength=1, columnspacing=1)
 
+# %% ../nbs/200_splits.ipynb #187fc751
 def split_figure(
     cohort:pd.DataFrame, # A cohort with a `split` column
 ):                       # Matplotlib figure
@@ -172,11 +178,12 @@ def _require_classes(patients, chosen, what, need=1):
     for label in sorted(patients.label.unique()):
         count = int((chosen & (patients.label == label)).sum())
         if count >= need: continue
-        raise SplitError(f'Class {label!r} has {plural(count, "patient")} in {what} which needs at least {need} of each class; '
+        raise SplitError(f'Class {label!r} has {plural(count, "patient")} in {what} which needs at least {need} '
+                         'of each class; '
                          'choose other centers or folds.')
 
 def _assign_validation(patients, chosen, val_ratio, what, *seed):
-    "0 for training and 1 for validation for each patient in the boolean `chosen`, which has enough patients of each class"
+    "0 for training and 1 for validation for each patient in the boolean `chosen`"
     ratios = [1 - val_ratio, val_ratio]
     _require_classes(patients, chosen, what, _needed(ratios))
     return _assign(patients[chosen].reset_index(drop=True), ratios, *seed)
@@ -193,7 +200,7 @@ def split_by_center(
     val_ratio:float=.15,    # Share of the training centers' patients for validation, above 0 and below 1
     seed:int=0,             # Decides which patients of the training centers are for validation
 )->pd.DataFrame:            # The cohort with a column `split`; `attrs['split']` says how
-    "Train and validate on some centers, test on others. `SplitError` unless each center is named once and each set has each class"
+    "Train and validate on some centers, test on others. `SplitError` unless each center is named once"
     train, test = ([c] if isinstance(c, str) else [str(x) for x in c] for c in (train, test))
     patients = _patients_of_one_center(cohort)
     _check_centers(train, test, sorted(patients.center_id.unique()))
@@ -211,9 +218,10 @@ def fold_patients(
     folds:int=5,            # How many folds, at least 2
     repeats:int=1,          # How many times, each in another order
     seed:int=0,             # Decides which patient goes where
-)->pd.DataFrame:            # patient_id, repeat (0 to repeats-1), fold (0 to folds-1): the fold in which a patient is tested
-    "(Repeated) k-fold by patient, stratified by label, balanced over centers. `SplitError` on too few patients of a class"
-    if folds < 2 or repeats < 1: raise SplitError(f'folds={folds} and repeats={repeats}, but there must be at least 2 folds and 1 repeat.')
+)->pd.DataFrame:            # patient_id, repeat (from 0), fold (from 0) in which the patient is tested
+    "(Repeated) k-fold by patient, stratified by label, balanced over centers. `SplitError` on too few patients"
+    if folds < 2 or repeats < 1:
+        raise SplitError(f'folds={folds} and repeats={repeats}, but there must be at least 2 folds and 1 repeat.')
     patients, tables = patient_table(cohort), []
     _require(patients, folds, f'a division into {folds} folds')
     for repeat in range(repeats):
@@ -232,11 +240,14 @@ def _fold_of(folds, fold, repeat, patients):
     if table.patient_id.duplicated().any():
         raise SplitError(f'A patient is in two folds of repeat {repeat}; make the folds with fold_patients.')
     if missing:
-        raise SplitError(f'{plural(missing, "patient")} of repeat {repeat} without a fold; make the folds with fold_patients.')
+        raise SplitError(f'{plural(missing, "patient")} of repeat {repeat} without a fold; make the folds with '
+                         'fold_patients.')
     strangers = len(set(table.patient_id) ^ set(patients.patient_id))
     if strangers:
-        raise SplitError(f'Repeat {repeat} of the folds and the cohort differ in {plural(strangers, "patient")}; make the folds from this cohort.')
-    if fold not in set(table.fold): raise SplitError(f'There is no fold {fold} in repeat {repeat}{nearest(fold, table.fold.unique())}')
+        raise SplitError(f'Repeat {repeat} of the folds and the cohort differ in '
+                         f'{plural(strangers, "patient")}; make the folds from this cohort.')
+    if fold not in set(table.fold):
+        raise SplitError(f'There is no fold {fold} in repeat {repeat}{nearest(fold, table.fold.unique())}')
     return dict(zip(table.patient_id, table.fold))
 
 # %% ../nbs/200_splits.ipynb #b770515b
@@ -255,7 +266,8 @@ def fold_split(
     tested = patients.patient_id.map(fold_of).to_numpy() == fold
     split, what = np.full(len(patients), 2), f'the training set of fold {fold},'
     split[~tested] = _assign_validation(patients, ~tested, val_ratio, what, seed, 'val', repeat, fold)
-    how = dict(method='fold_split', fold=fold, repeat=repeat, val_ratio=val_ratio, seed=seed, folds=folds.attrs.get('folds'))
+    how = dict(method='fold_split', fold=fold, repeat=repeat, val_ratio=val_ratio, seed=seed,
+               folds=folds.attrs.get('folds'))
     return _with_split(cohort, patients, split, how)
 
 # %% ../nbs/200_splits.ipynb #a64099ff
@@ -265,8 +277,11 @@ def leave_one_center_out(
     "Folds that are the centers. `SplitError` for one center, a patient at two, or a class that only one center has"
     patients = _patients_of_one_center(cohort)
     centers = sorted(patients.center_id.unique())
-    if len(centers) < 2: raise SplitError(f'All patients are of center {centers[0]!r}; leaving one center out needs at least 2 centers.')
-    for c in centers: _require_classes(patients, (patients.center_id != c).to_numpy(), f'the centers other than {c!r},')
+    if len(centers) < 2:
+        raise SplitError(f'All patients are of center {centers[0]!r}; leaving one center out needs at least 2 '
+                         'centers.')
+    for c in centers:
+        _require_classes(patients, (patients.center_id != c).to_numpy(), f'the centers other than {c!r},')
     fold = patients.center_id.map(centers.index)
     out = pd.DataFrame(dict(patient_id=patients.patient_id, repeat=0, fold=fold, center_id=patients.center_id))
     out.attrs['folds'] = dict(method='leave_one_center_out', centers=centers)
@@ -279,14 +294,15 @@ def _inner_folds(cohort, outer_folds, o, inner, seed):
     rest = cohort[~cohort.patient_id.astype(str).isin(tested)]
     inner_folds = fold_patients(rest, inner, seed=derive_seed(seed, 'inner', o))
     inner_of = dict(zip(inner_folds.patient_id, inner_folds.fold))
-    return pd.DataFrame(dict(outer=o, patient_id=outer_folds.patient_id, inner=outer_folds.patient_id.map(inner_of).astype('Int64')))
+    assigned = outer_folds.patient_id.map(inner_of).astype('Int64')
+    return pd.DataFrame(dict(outer=o, patient_id=outer_folds.patient_id, inner=assigned))
 
 def nested_folds(
     cohort:pd.DataFrame,    # One row per image: patient_id, label, center_id
     outer:int=5,            # Folds that test
     inner:int=4,            # Folds that choose, inside the training set of each outer fold
     seed:int=0,             # Decides which patient goes where
-)->pd.DataFrame:            # outer, patient_id, inner: <NA> where the outer fold tests the patient, else the fold in which it is for validation
+)->pd.DataFrame:            # outer, patient_id, inner: the fold for validation, <NA> where the patient is tested
     "Inner folds for each outer fold, by patient, stratified and balanced. `SplitError` on too few patients of a class"
     outer_folds = fold_patients(cohort, outer, seed=seed)
     tables = [_inner_folds(cohort, outer_folds, o, inner, seed) for o in range(outer)]
@@ -334,7 +350,8 @@ def _read_lines(folder, name):
     path = Path(folder)/f'{name}.txt'
     try: return path.read_text(encoding='utf-8-sig').splitlines()
     except FileNotFoundError:
-        raise SplitError(f'{path} does not exist. Without it nobody knows who is in {name}; write the split again.') from None
+        raise SplitError(f'{path} does not exist. Without it nobody knows who is in {name}; write the split '
+                         'again.') from None
     except (OSError, UnicodeDecodeError) as e:
         raise SplitError(f'{path} cannot be read as text ({type(e).__name__}); write the split again.') from e
 
@@ -346,7 +363,8 @@ def _read_ids(folder):
         for number, line in enumerate(_read_lines(folder, s), 1):
             p = line.strip()
             if p in where:
-                raise SplitError(f'{path}, line {number}, names a patient who is already in {where[p]}; a patient is in one split, once.')
+                raise SplitError(f'{path}, line {number}, names a patient who is already in {where[p]}; a '
+                                 'patient is in one split, once.')
             if p: split_of[p], where[p] = s, f'{path.name}, line {number}'
         if s not in split_of.values(): raise SplitError(f'{path} names no patient; a split needs train, val and test.')
     return split_of
@@ -366,6 +384,7 @@ def _check_patients(split_of, cohort, folder):
         raise SplitError(f'{plural(ids[missing].nunique(), "patient")} of the cohort in no split in {folder}, '
                          f'the first at row {missing.argmax()}; split this cohort again into another folder.')
 
+# %% ../nbs/200_splits.ipynb #72f494c3
 def read_splits(
     folder,                 # Folder with train.txt, val.txt, test.txt and, if written by us, splits.json
     cohort:pd.DataFrame,    # The cohort that was split
@@ -376,7 +395,8 @@ def read_splits(
     record = Path(folder)/'splits.json'
     how = read_json(record) if record.exists() else dict(method='files')
     if record.exists() and how.get('fingerprint') != _fingerprint(split_of):
-        raise SplitError(f'{record} describes another split than the files beside it; they were changed by hand or half written. '
+        raise SplitError(f'{record} describes another split than the files beside it; they were changed by hand '
+                         'or half written. '
                          'Restore them, or delete splits.json if the change was meant.')
     number = patients.patient_id.map(split_of).map(split_names.index).to_numpy()
     return _with_split(cohort, patients, number, {k: v for k, v in how.items() if k not in ('fingerprint', 'counts')})

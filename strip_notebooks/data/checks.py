@@ -275,13 +275,15 @@ def _center_bars(ax, cohort, colors):
 # %% ../../nbs/150_data.checks.ipynb #a84bc789
 def _size_and_brightness(size, light, shown, colors):
     "Sizes and brightness of readable images by label"
+    bins = np.linspace(0, 255, 35)
     for k, (label, group) in enumerate(shown.groupby('label')):
         size.scatter(group.width, group.height, s=20*(k + 1)**2, facecolors='none', edgecolors=colors[label])
-        light.hist(group.brightness, np.linspace(0, 255, 35), histtype='step', lw=1.6, density=True, color=colors[label])
+        light.hist(group.brightness, bins, histtype='step', lw=1.6, density=True, color=colors[label])
     size.set(xlabel='width, px', ylabel='height, px', xlim=(0, None), ylim=(0, None))
     light.set(xlabel='mean brightness, 0 to 255', ylabel='density', yticks=[])
     if len(shown): size.set(xlim=(0, 1.1*shown.width.max()), ylim=(0, 1.1*shown.height.max()))
 
+# %% ../../nbs/150_data.checks.ipynb #947af96b
 def validation_figure(
     cohort:pd.DataFrame,    # A labeled cohort
     measures:pd.DataFrame,  # Of its images
