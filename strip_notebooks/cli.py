@@ -6,7 +6,7 @@
 __all__ = ['gather_parameters', 'run_command', 'runs_command', 'demo_parameters', 'demo_command', 'parser', 'main']
 
 # %% ../nbs/990_cli.ipynb #1277d198
-import argparse, logging, os, signal, sys
+import argparse, contextlib, logging, os, signal, sys, threading
 from pathlib import Path
 
 from .core import StripError, nearest
@@ -52,10 +52,18 @@ def _step_help(step):
     return '\n'.join(lines)
 
 # %% ../nbs/990_cli.ipynb #8d41b5fa
+def _step_list():
+    "The experiments by name, and how to learn more"
+    from strip_notebooks.experiments import experiment_paths
+    steps = ', '.join(experiment_paths())
+    return f'experiments: {steps}\n`clot run STEP --help` shows the parameters of one.'
+
+# %% ../nbs/990_cli.ipynb #5a0c1051
 def _summary(run):
     "What a run has to say at its end, if anything"
     return f'\n{run.summary}\n' if run.summary else ''
 
+# %% ../nbs/990_cli.ipynb #a2aff3e5
 def run_command(
     args,   # The parsed words after `clot run`
 )->None:
@@ -64,8 +72,7 @@ def run_command(
     if args.help and args.step: return print(_step_help(args.step))
     earlier = [(word, name) for word in ('resume', 'repeat') if (name := getattr(args, word)) is not None]
     if not earlier and args.step is None:
-        steps = ', '.join(experiments.experiment_paths())
-        return print((args.usage() if args.help else '') + f'experiments: {steps}\n`clot run STEP --help` shows the parameters of one.')
+        return print((args.usage() if args.help else '') + _step_list())
     if earlier and (len(earlier) > 1 or args.p or args.f or args.step is not None):
         raise StripError(f'--{earlier[0][0]} takes a run with its own parameters; give nothing beside it but --runs.')
     experiments.remove_leftovers(args.runs)
@@ -92,12 +99,13 @@ def runs_command(
     "List all runs, or compare two training runs by their test predictions"
     from strip_notebooks.experiments import find_run, remove_leftovers
     from strip_notebooks.runs import list_runs
+    remove_leftovers(args.runs)
     if not args.compare:
-        remove_leftovers(args.runs)
         runs = list_runs(args.runs)
         for row in runs.to_dict('records'): print(f"{row['run']:34} {row['state']:11} {_found(row)}".rstrip())
         return None if len(runs) else print('No runs yet; `clot demo` makes the first.')
-    if len(args.compare) != 2 or not all(args.compare): raise StripError('`clot runs A B` compares two runs; give two names.')
+    if len(args.compare) != 2 or not all(args.compare):
+        raise StripError('`clot runs A B` compares two runs; give two names.')
     from strip_notebooks.metrics.compare import compare
     from strip_notebooks.predictions import aggregate_patients
     runs = [find_run(name, ['train', 'derive'], args.runs) for name in args.compare]
@@ -129,19 +137,24 @@ def demo_parameters(
 def _check_demo(steps):
     "A `StripError` for values that are out of range or do not go together, and for a model that does not exist"
     from strip_notebooks.experiments import check_parameters, experiment_path
-    prepare = steps['prepare']
-    data = prepare.get('data')
-    if data == '' or data and not Path(data).exists(): raise StripError(f'--data {data!r} does not exist.')
+    values = {step: check_parameters(experiment_path(step), given) for step, given in steps.items()}
+    given, data = steps['prepare'], values['prepare']['data']
+    if 'data' in given and not (data and Path(data).exists()): raise StripError(f'--data {data!r} does not exist.')
     for option in ('preset', 'patients'):
-        if data and option in prepare:
-            raise StripError(f'--{option} is about the synthetic cohort, and --data about images of your own; leave one out.')
-    if prepare.get('columns') and not data: raise StripError('--columns maps the columns of a CSV; name it with --data.')
-    for step, parameters in steps.items(): check_parameters(experiment_path(step), parameters)
+        if data and option in given:
+            raise StripError(f'--{option} is about the synthetic cohort, --data about images of your own; leave one out.')
+    if given.get('columns') and not data:
+        raise StripError('--columns maps the columns of a CSV; name it with --data.')
     if 'arch' in steps['train']:
         from strip_notebooks.models import create_model
-        create_model(steps['train']['arch'])
+        create_model(values['train']['arch'])
 
 # %% ../nbs/990_cli.ipynb #785dea50
+def _next_step(own_images):
+    "What a person may want to do after the demo"
+    if not own_images: return '`clot demo --data FOLDER_OR_CSV` does the same with your own images.'
+    return 'for another model on the same split, `clot run train -p arch=resnet18`, then `clot run evaluate`.'
+
 def demo_command(
     args,   # The parsed words after `clot demo`
 )->None:
@@ -155,81 +168,107 @@ def demo_command(
         print(f'[{n + 1}/{len(steps)}] {step}', flush=True)
         before = [(f'{name}_run', run.name) for name, run in runs.items()][-1:]
         runs[step] = run_experiment(step, {**parameters, **dict(before)}, args.runs)
-    more = '`clot demo --data FOLDER_OR_CSV` does the same with your own images.'
-    if args.data: more = 'for another model on the same split, `clot run train -p arch=resnet18`, then `clot run evaluate`.'
-    print(f'\nNext: open the report in a browser; {more}')
+    print(f'\nNext: open the report in a browser; {_next_step(bool(args.data))}')
     print(_summary(runs['evaluate']) + f"report: {runs['report'].report}")
 
 # %% ../nbs/990_cli.ipynb #c59342c5
 def _add_parameters(command, example):
     "The two ways to give parameters"
-    command.add_argument('-p', metavar='NAME=VALUE', action='append', default=[], help=f'set a parameter, such as {example}; may be given many times')
-    command.add_argument('-f', metavar='PARAMS.YAML', help='read parameters from a file')
+    command.add_argument('-p', metavar='NAME=VALUE', action='append', default=[],
+                         help=f'set a parameter, such as {example}; can be given many times')
+    command.add_argument('-f', metavar='PARAMS.YAML', help='read parameters from a YAML file')
 
-def _add_demo(command):
-    "The options of `clot demo`"
-    command.add_argument('--data', metavar='FOLDER_OR_CSV', help='a folder LABEL/patient/image, or a CSV beside images; without it, synthetic clots are drawn')
-    command.add_argument('--columns', metavar='OURS=THEIRS,...', help='for a CSV with other column names, such as patient_id=subject,label=etiology')
-    command.add_argument('--preset', metavar='NAME', help='the synthetic cohort: easy, structure, realistic, null or confounded')
-    command.add_argument('--patients', type=int, metavar='N', help='patients of the synthetic cohort')
-    command.add_argument('--size', type=int, metavar='PIXELS', help='side of the square that the model sees')
-    command.add_argument('--arch', metavar='NAME', help='the model: simple_cnn, or a timm name such as resnet18')
-    command.add_argument('--epochs', type=int, metavar='N', help='passes over the training images')
-    command.add_argument('--train-centers', metavar='A,B', help='train only on these centers; goes with --test-centers')
-    command.add_argument('--test-centers', metavar='C', help='test only on these centers; goes with --train-centers')
-    command.add_argument('--seed', type=int, metavar='N', help='seed of everything, 0 to 4294967295')
-    _add_parameters(command, 'train.lr=0.001')
+def _option(command, name, metavar, help, **kwargs):
+    "Add an option with a value"
+    command.add_argument(f'--{name}', metavar=metavar, help=help, **kwargs)
 
 # %% ../nbs/990_cli.ipynb #468b3757
+def _add_demo(command):
+    "The options of `clot demo`"
+    _option(command, 'data', 'FOLDER_OR_CSV',
+            'a folder LABEL/patient/image, or a CSV beside images; without it, synthetic clots are drawn')
+    _option(command, 'columns', 'OURS=THEIRS,...',
+            'for a CSV with other column names, such as patient_id=subject,label=etiology')
+    _option(command, 'preset', 'NAME', 'the synthetic cohort: easy, realistic, null or confounded')
+    _option(command, 'patients', 'N', 'patients of the synthetic cohort', type=int)
+    _option(command, 'size', 'PIXELS', 'side of the square that the model sees', type=int)
+    _option(command, 'arch', 'NAME', 'the model: simple_cnn, or a timm name such as resnet18')
+    _option(command, 'epochs', 'N', 'passes over the training images', type=int)
+    _option(command, 'train-centers', 'A,B', 'train only on these centers; goes with --test-centers')
+    _option(command, 'test-centers', 'C', 'test only on these centers; goes with --train-centers')
+    _option(command, 'seed', 'N', 'seed of everything, 0 to 4294967295', type=int)
+    _add_parameters(command, 'train.lr=0.001')
+
+# %% ../nbs/990_cli.ipynb #b0f92bd1
 def _add_run(command):
     "The options of `clot run`"
-    command.add_argument('step', nargs='?', metavar='STEP', help='prepare, train, derive, evaluate, report or benchmark, or the path of a notebook')
-    command.add_argument('-h', '--help', '--list', dest='help', action='store_true', help='show this page; with a STEP, its parameters and their ranges')
+    command.add_argument('step', nargs='?', metavar='STEP',
+                         help='prepare, train, derive, evaluate, report or benchmark, or the path of a notebook')
+    command.add_argument('-h', '--help', '--list', dest='help', action='store_true',
+                         help='show this page; with a STEP, its parameters and their ranges')
     _add_parameters(command, 'epochs=3')
-    command.add_argument('--resume', metavar='RUN', help='resume a run that failed or was interrupted, by its name or folder')
-    command.add_argument('--repeat', metavar='RUN', help='run again with the parameters and the number of threads of an earlier run')
+    _option(command, 'resume', 'RUN', 'resume a run that failed or was interrupted, by its name or folder')
+    _option(command, 'repeat', 'RUN', 'run again with the parameters and the number of threads of an earlier run')
+
+def _add_runs(command):
+    "The options of `clot runs`"
+    command.add_argument('compare', nargs='*', metavar='RUN', help='two training runs to compare')
+
+# %% ../nbs/990_cli.ipynb #5e72f7d3
+_about = ('Predicts whether a clot came from the heart (CE) or a large artery (LAA) from images, per patient and with '
+          'intervals. For research only.')
+_demo_help = 'prepare, train, evaluate and report in a row, on synthetic clots or on your images'
 
 def parser()->argparse.ArgumentParser:
     "The commands and options of `clot`"
-    main = argparse.ArgumentParser('clot', description='Predicts whether a clot came from the heart (CE) or a large artery (LAA) '
-                                                       'from images, per patient and with intervals. For research only.')
+    main = argparse.ArgumentParser('clot', description=_about)
     main.set_defaults(call=None)
     commands = main.add_subparsers(metavar='COMMAND')
     def command(name, call, help, **kwargs):
         sub = commands.add_parser(name, help=help, description=help, **kwargs)
         sub.set_defaults(call=call, usage=sub.format_help)
-        sub.add_argument('--runs', metavar='FOLDER', help='the folder of all runs, if it is not runs/ of the workspace')
+        _option(sub, 'runs', 'FOLDER', 'the folder of all runs, if it is not runs/ of the workspace')
         return sub
-    _add_demo(command('demo', demo_command, 'prepare, train, evaluate and report in a row, on synthetic clots or on your images',
-                      epilog='`clot run STEP --help` lists the parameters of a step, for -p STEP.NAME=VALUE.'))
+    more = '`clot run STEP --help` lists the parameters of a step, for -p STEP.NAME=VALUE.'
+    _add_demo(command('demo', demo_command, _demo_help, epilog=more))
     _add_run(command('run', run_command, 'run one experiment notebook into a new run', add_help=False))
-    runs = command('runs', runs_command, 'list all runs, or compare two training runs on their test patients')
-    runs.add_argument('compare', nargs='*', metavar='RUN', help='two training runs to compare')
+    _add_runs(command('runs', runs_command, 'list all runs, or compare two training runs on their test patients'))
     return main
 
 # %% ../nbs/990_cli.ipynb #85399e47
 def _say(error, code):
     "Print a sentence where errors go; gives the exit code"
-    print(f'clot: {error}', file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError): print(f'clot: {error}', file=sys.stderr)
     return code
+
+def _stop_signals():
+    "The signals that end a program and can be heard"
+    return [getattr(signal, n) for n in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, n)]
 
 def _hear_signals():
     "Let the signals that end a program be heard like Ctrl-C, where they are not ignored"
     def stop(number, frame): raise KeyboardInterrupt('stopped.', number)
-    for number in (getattr(signal, name, None) for name in ('SIGTERM', 'SIGHUP')):
-        if number and signal.getsignal(number) == signal.SIG_DFL: signal.signal(number, stop)
+    for number in _stop_signals():
+        if signal.getsignal(number) == signal.SIG_DFL: signal.signal(number, stop)
 
 # %% ../nbs/990_cli.ipynb #0b436e53
+def _say_stopped(error):
+    "The sentence and the exit code after a signal, which is the second argument of `error`"
+    if threading.current_thread() is threading.main_thread():
+        for number in _stop_signals(): signal.signal(number, signal.SIG_IGN)
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)     # it would tell of the task that was cut off
+    number = error.args[1] if len(error.args) > 1 and error.args[1] else signal.SIGINT
+    return _say(error.args[0] if error.args else 'stopped.', 128 + number)
+
+# %% ../nbs/990_cli.ipynb #b55b433f
 def _call(args):
     "Call the command of `args`; gives the exit code"
     try: args.call(args)
     except StripError as e: return _say(e, 2)
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # a reader such as `head` has enough
+    except BrokenPipeError:     # a reader such as `head` has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e: return _say(f'{e.filename or "the system"}: {e.strerror or e}.', 2)
-    except KeyboardInterrupt as e:
-        logging.getLogger('asyncio').setLevel(logging.CRITICAL)     # it would tell of the task that was cut off
-        number = e.args[1] if len(e.args) > 1 and e.args[1] else signal.SIGINT
-        return _say(e.args[0] if e.args else 'stopped.', 128 + number)
+    except KeyboardInterrupt as e: return _say_stopped(e)
     return 0
 
 def main(

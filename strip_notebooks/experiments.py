@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .core import StripError, nearest, read_json, remove_temporaries, write_json, write_text
-from .runs import Owner, Run, RunError, list_runs, new_run, workspace
+from .processes import remove_worker_files
+from .runs import Owner, Run, RunError, list_runs, new_run, process_started, workspace
 from .settings import step_settings
 
 # %% ../nbs/900_experiments.ipynb #33600f3e
@@ -117,26 +118,31 @@ def check_parameters(
 @contextlib.contextmanager
 def _kernel_folder():
     "A temporary folder that belongs to this process, removed at the end"
-    folder = Path(tempfile.mkdtemp(prefix='clot-'))
+    folder = Path(tempfile.mkdtemp(prefix=f'clot-{os.getpid()}-'))
     try:
         write_json(folder/'owner.json', asdict(Owner.this()))
         yield folder
     finally: shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/900_experiments.ipynb #16dab8d9
+def _abandoned(folder):
+    "Whether the process that created the folder of a kernel is gone"
+    try: return not Owner(**read_json(folder/'owner.json')).alive()
+    except (StripError, TypeError): pass        # of another user or version, or killed before it could say whose it is
+    number = folder.name.split('-')[1]
+    return not (folder/'owner.json').exists() and number.isdigit() and not process_started(int(number))
+
 def remove_leftovers(
     root=None,      # The folder of all runs; None is the workspace's runs/
 )->int:             # How many files and folders were removed
     "Remove what killed commands left in the temporary folder, and half-written files in the runs they worked on"
-    removed = 0
-    for file in Path(tempfile.gettempdir()).glob('clot-*/owner.json'):
-        try: alive = Owner(**read_json(file)).alive()
-        except (StripError, TypeError): continue        # of another user, or of another version
-        if not alive:
-            shutil.rmtree(file.parent, ignore_errors=True)
+    removed = len(remove_worker_files())
+    for folder in Path(tempfile.gettempdir()).glob('clot-*'):
+        if _abandoned(folder):
+            shutil.rmtree(folder, ignore_errors=True)
             removed += 1
     for run in list_runs(root).query("state == 'interrupted'").run:
-        removed += len(remove_temporaries(Path(root or workspace()/'runs')/run))
+        removed += len(Run(Path(root or workspace()/'runs')/run).clean())
     return removed
 
 # %% ../nbs/900_experiments.ipynb #bab0459f
@@ -183,7 +189,8 @@ def _kernel_manager(kernel):
     from jupyter_client.manager import AsyncKernelManager
     folder = kernel.folder
     argv = [sys.executable, '-Xfrozen_modules=off', '-c', _launcher, '-f', '{connection_file}']
-    spec = KernelSpec(argv=argv, env=_kernel_environment(folder, kernel.threads), display_name='python3', language='python')
+    spec = KernelSpec(argv=argv, env=_kernel_environment(folder, kernel.threads),
+                      display_name='python3', language='python')
     settings = dict(connection_file=str(folder/'kernel.json'), shutdown_wait_time=6.)
     if os.name != 'nt' and len(str(folder)) < 90: settings.update(transport='ipc', ip=f'{folder}/k')
     class OwnKernelManager(AsyncKernelManager):
@@ -217,7 +224,8 @@ def _stoppable(kernel):
 def _ending(code):
     "How a process ended, in words"
     if code is None or code >= 0: return f'ended with the code {code}'
-    if code == -getattr(signal, 'SIGKILL', 9): return 'was killed (SIGKILL), as the system does when the memory runs out'
+    if code == -getattr(signal, 'SIGKILL', 9):
+        return 'was killed (SIGKILL), as the system does when the memory runs out'
     return f'crashed ({signal.Signals(-code).name})'
 
 def _cause(error, kernel):
@@ -228,7 +236,8 @@ def _cause(error, kernel):
         text = f'its process {_ending(kernel.process.wait())}' + (f'; its last words were {last[0]!r}' if last else '')
     elif getattr(error, 'errno', None) == errno.EMFILE:
         text = 'too many files are open; allow more with `ulimit -n`'
-    elif getattr(error, 'strerror', None): text = f'{error.filename}: {error.strerror}' if error.filename else error.strerror
+    elif getattr(error, 'strerror', None):
+        text = f'{error.filename}: {error.strerror}' if error.filename else error.strerror
     else: text = f'{type(error).__name__}: {error}'
     return text if text.endswith(('.', '?', '!')) else text + '.'
 
@@ -269,7 +278,8 @@ def _papermill(path, run, kernel, show):
     papermill.execute_notebook(
         str(path), notebook, parameters={**run.parameters, 'out': str(run.path.resolve())}, kernel_name='python3',
         stdout_file=_ToRun(run, show), stderr_file=_ToRun(run, show=False), progress_bar=False,
-        kernel_manager_class=_kernel_manager(kernel), extra_arguments=['--IPKernelApp.log_level=50', '--HistoryManager.enabled=False'])
+        kernel_manager_class=_kernel_manager(kernel),
+        extra_arguments=['--IPKernelApp.log_level=50', '--HistoryManager.enabled=False'])
 
 # %% ../nbs/900_experiments.ipynb #009c6758
 def _mark(run, **how):
@@ -278,19 +288,24 @@ def _mark(run, **how):
         remove_temporaries(run.path)
         run.finish(**how)
 
+def _in_kernel(path, run, kernel, show):
+    "Execute the notebook at `path` in a kernel of its own, which is gone at the end; its output is in the run's log"
+    with _kernel_folder() as kernel.folder:
+        kernel.threads = run.environment['threads']
+        try: _papermill(path, run, kernel, show)
+        except Exception as e: raise ExperimentError(_cause(e, kernel)) from None
+        finally:
+            kernel.kill()
+            with contextlib.suppress(OSError):
+                for line in kernel.output()[-100:]: run.log(f'kernel: {line}')
+
+# %% ../nbs/900_experiments.ipynb #e379461b
 def _execute(path, run, show):
     "Execute the notebook at `path` into `run`; what goes wrong is recorded and raised as a sentence"
     kernel, resume = _Kernel('.', 1), f'`{how_to_resume(run)}` resumes it.'
     with _stoppable(kernel):
         try:
-            with _kernel_folder() as kernel.folder:
-                kernel.threads = run.environment['threads']
-                try: _papermill(path, run, kernel, show)
-                except Exception as e: raise ExperimentError(_cause(e, kernel)) from None
-                finally:
-                    kernel.kill()
-                    with contextlib.suppress(OSError):
-                        for line in kernel.output()[-100:]: run.log(f'kernel: {line}')
+            _in_kernel(path, run, kernel, show)
             run.finish()
             return run
         except KeyboardInterrupt as e:

@@ -30,7 +30,9 @@ def git_commit(
     folder='.', # A folder in the checkout
 )->str:         # 40 hexadecimal digits, with '+changes' if the tree has uncommitted ones; 'none' outside git
     "The commit of the code in `folder`"
-    def git(*words): return subprocess.run(['git', '-C', str(folder), *words], capture_output=True, text=True, timeout=20)
+    def git(*words):
+        command = ['git', '-C', str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20)
     try: head = git('rev-parse', 'HEAD')
     except (OSError, subprocess.TimeoutExpired): return 'none'
     if head.returncode: return 'none'
@@ -65,7 +67,7 @@ def thread_count()->int: # At least 1
 def environment(
     seed:int|None=None,     # The run's seed, if it has one
     threads:int|None=None,  # Threads of one process; None asks the machine
-)->dict:                    # Python, platform, processor, device, threads, commit, seed, and each package with its version
+)->dict:                    # Python, platform, processor, device, threads, commit, seed, and packages with their versions
     "What a result was made with"
     named = {d.metadata['Name'].lower(): d.version for d in distributions() if d.metadata['Name']}
     code = Path(__file__).parent if '__file__' in globals() else '.'
@@ -102,7 +104,9 @@ class Owner:
     process_started:float = 0.  # When it started, in seconds since 1970
 
     @classmethod
-    def this(cls): return cls(platform.node(), os.getpid(), process_started(os.getpid()))
+    def this(cls):
+        "The process that asks"
+        return cls(platform.node(), os.getpid(), process_started(os.getpid()))
 
     def alive(self)->bool: # True also for another machine, of which nothing can be known
         "Whether the process may still be running"
@@ -146,7 +150,7 @@ class Run:
     source      = property(lambda self: self.path/'source.ipynb', doc="A copy of the user's own notebook, as it was")
     report      = property(lambda self: self.path/'report.html', doc='The page of a report')
     bundle      = property(lambda self: self.path/'bundle', doc='The folder of the bundle; written here, never moved')
-    checkpoints = property(lambda self: self.path/'checkpoints', doc='The folder of the state that training resumes from')
+    checkpoints = property(lambda self: self.path/'checkpoints', doc='The folder of what training resumes from')
 
 # %% ../nbs/040_runs.ipynb #67e03e11
 @patch(as_prop=True)
@@ -187,7 +191,8 @@ def new_run(
     while path.exists(): path = name.with_name(f'{name.name}-{secrets.token_hex(2)}')
     path.mkdir(parents=True)
     write_json(path/'parameters.json', parameters)
-    status = Status(**asdict(Owner.this()), step=step, started=now(), notebook=str(notebook and Path(notebook).resolve()))
+    source = str(notebook and Path(notebook).resolve())
+    status = Status(**asdict(Owner.this()), step=step, started=now(), notebook=source)
     write_json(path/'status.json', asdict(status))
     run = Run(path)
     if notebook: write_text(run.source, Path(notebook).read_text(encoding='utf-8'))
@@ -226,12 +231,21 @@ def resume(self:Run)->None:
         if state == 'running':
             raise RunError(f'{self.name} is running, in process {status.process} of {status.host}; '
                            'wait for it, or stop it first.')
-        return replace(status, **asdict(Owner.this()), state='running', ended='', error='', attempts=status.attempts + 1)
+        owner = asdict(Owner.this())
+        return replace(status, **owner, state='running', ended='', error='', attempts=status.attempts + 1)
     _change(self, resumed)
     remove_temporaries(self.path)
     if self.notebook.exists(): self.notebook.rename(self.path/f'notebook-{self.status.attempts - 1}.ipynb')
     if not (self.path/'environment.json').exists():
         write_json(self.path/'environment.json', environment(self.parameters.get('seed')))
+
+# %% ../nbs/040_runs.ipynb #35903de5
+@patch
+def clean(self:Run)->list[str]: # The names of what was removed
+    "Remove what a killed process left half-written, unless the run is at work or has finished"
+    from filelock import FileLock
+    with FileLock(self.path/'.lock'):
+        return remove_temporaries(self.path) if self.state in ('interrupted', 'failed') else []
 
 # %% ../nbs/040_runs.ipynb #3fb5dfd6
 @patch
@@ -363,7 +377,8 @@ def record(self:Run,
     try: return TypeAdapter(cls).validate_python(found)
     except ValidationError as e:
         wrong = '.'.join(map(str, e.errors()[0]['loc']))
-        raise RunError(f'{self.name}/{path.name}: {wrong!r} is not as {cls.__name__} has it; make the run again.') from None
+        raise RunError(f'{self.name}/{path.name}: {wrong!r} is not as {cls.__name__} has it; '
+                       'make the run again.') from None
 
 # %% ../nbs/040_runs.ipynb #2811c787
 @patch
