@@ -223,8 +223,7 @@ def _leaks(cohort, patients, measures):
 def audit_leakage(
     cohort:pd.DataFrame,                # One row per image; with or without a `split` column
     measures:pd.DataFrame|None=None,    # Of its images; None measures them
-    cache=None,
-                  # Its `Cache`, for the colors that the model will see; None takes the measured ones
+    cache=None,                         # Its `Cache`, for the colors that the model will see; None takes those measured
     seed:int=0,                         # Of folds and resamples
 )->Findings:
     "Look for leaks between splits and shortcuts to the label. `CohortError` for two labels or no split"
