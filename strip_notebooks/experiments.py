@@ -20,6 +20,7 @@ from .settings import step_settings
 class ExperimentError(StripError):
     "An experiment does not exist, was given wrong parameters, or failed"
 
+# %% ../nbs/900_experiments.ipynb #859d94eb
 def experiment_paths()->dict[str, Path]: # Step -> notebook
     "The experiments by name: those of this checkout, or those that were installed with the library"
     library = Path(__file__).parent if '__file__' in globals() else workspace()/'strip_notebooks'
@@ -80,6 +81,7 @@ def _number(value, kind):
     if isinstance(value, bool): raise ValueError
     return float(value) if kind == 'float' else int(str(value))
 
+# %% ../nbs/900_experiments.ipynb #51383044
 def _word(value, kind):
     "`value` as a str, list or bool; a `ValueError` if it is none"
     if kind == 'bool':
@@ -92,6 +94,7 @@ def _word(value, kind):
     elif isinstance(value, (str, int, float)) and not isinstance(value, bool): return str(value)
     raise ValueError
 
+# %% ../nbs/900_experiments.ipynb #fc815846
 def _typed(name, value, kind):
     "`value` as the type named `kind`, or an `ExperimentError`"
     try: return _number(value, kind) if kind in ('int', 'float') else _word(value, kind)
@@ -126,16 +129,17 @@ def _kernel_folder():
 
 # %% ../nbs/900_experiments.ipynb #16dab8d9
 def _abandoned(folder):
-    "Whether the process that created the folder of a kernel is gone"
+    "Whether the process that created the folder of a kernel has ended"
     try: return not Owner(**read_json(folder/'owner.json')).alive()
     except (StripError, TypeError): pass        # of another user or version, or killed before it could say whose it is
     number = folder.name.split('-')[1]
     return not (folder/'owner.json').exists() and number.isdigit() and not process_started(int(number))
 
+# %% ../nbs/900_experiments.ipynb #983ce095
 def remove_leftovers(
     root=None,      # The folder of all runs; None is the workspace's runs/
 )->int:             # How many files and folders were removed
-    "Remove what killed commands left in the temporary folder, and half-written files in the runs they worked on"
+    "Remove the temporary folders of killed commands, and half-written files in interrupted runs"
     removed = len(remove_worker_files())
     for folder in Path(tempfile.gettempdir()).glob('clot-*'):
         if _abandoned(folder):
@@ -153,6 +157,7 @@ sys.path = [p for p in sys.path if p]
 from ipykernel.kernelapp import launch_new_instance
 launch_new_instance()'''
 
+# %% ../nbs/900_experiments.ipynb #7255aaad
 def _kernel_environment(folder, threads):
     "The environment variables of a kernel: its threads, its folders, and progress in lines"
     counts = {f'{library}_NUM_THREADS': str(threads) for library in ('OMP', 'MKL', 'OPENBLAS')}
@@ -182,15 +187,15 @@ class _Kernel:
         text = path.read_text(encoding='utf-8', errors='replace') if path.exists() else ''
         return [line for line in text.splitlines() if line.strip()]
 
-# %% ../nbs/900_experiments.ipynb #78ab0ec6
+# %% ../nbs/900_experiments.ipynb #9751eca9
 def _kernel_manager(kernel):
     "The manager class that papermill starts `kernel` with"
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     folder = kernel.folder
     argv = [sys.executable, '-Xfrozen_modules=off', '-c', _launcher, '-f', '{connection_file}']
-    spec = KernelSpec(argv=argv, env=_kernel_environment(folder, kernel.threads),
-                      display_name='python3', language='python')
+    variables = _kernel_environment(folder, kernel.threads)
+    spec = KernelSpec(argv=argv, env=variables, display_name='python3', language='python')
     settings = dict(connection_file=str(folder/'kernel.json'), shutdown_wait_time=6.)
     if os.name != 'nt' and len(str(folder)) < 90: settings.update(transport='ipc', ip=f'{folder}/k')
     class OwnKernelManager(AsyncKernelManager):
@@ -228,17 +233,24 @@ def _ending(code):
         return 'was killed (SIGKILL), as the system does when the memory runs out'
     return f'crashed ({signal.Signals(-code).name})'
 
+# %% ../nbs/900_experiments.ipynb #64360a9e
+def _reason(error, kernel):
+    "What went wrong, without a full stop"
+    if hasattr(error, 'evalue'): return f'{error.ename}: {error.evalue}'
+    if 'Kernel died' in str(error) and kernel.process:
+        last = kernel.output()[-1:]
+        output = f'; its last output was {last[0]!r}' if last else ''
+        return f'its process {_ending(kernel.process.wait())}{output}'
+    if getattr(error, 'errno', None) == errno.EMFILE:
+        return 'too many files are open; allow more with `ulimit -n`'
+    if getattr(error, 'strerror', None):
+        return f'{error.filename}: {error.strerror}' if error.filename else error.strerror
+    return f'{type(error).__name__}: {error}'
+
+# %% ../nbs/900_experiments.ipynb #eef2f6f9
 def _cause(error, kernel):
     "What went wrong, as a sentence"
-    if hasattr(error, 'evalue'): text = f'{error.ename}: {error.evalue}'
-    elif 'Kernel died' in str(error) and kernel.process:
-        last = kernel.output()[-1:]
-        text = f'its process {_ending(kernel.process.wait())}' + (f'; its last words were {last[0]!r}' if last else '')
-    elif getattr(error, 'errno', None) == errno.EMFILE:
-        text = 'too many files are open; allow more with `ulimit -n`'
-    elif getattr(error, 'strerror', None):
-        text = f'{error.filename}: {error.strerror}' if error.filename else error.strerror
-    else: text = f'{type(error).__name__}: {error}'
+    text = _reason(error, kernel)
     return text if text.endswith(('.', '?', '!')) else text + '.'
 
 # %% ../nbs/900_experiments.ipynb #3deb03fd
@@ -259,15 +271,16 @@ class _ToRun:
             self.run.log(line)
             try:
                 if self.show: print('  ' + line, flush=True)
-            except BrokenPipeError: self.show = False       # a reader such as `head` has enough; the run goes on
+            except BrokenPipeError: self.show = False       # a reader such as `head` has enough; the run continues
     def flush(self): pass
 
+# %% ../nbs/900_experiments.ipynb #65b0eb6d
 class _WholeFile:
     "How papermill writes the notebook: after each cell, and never half of it"
     def write(self, text, path): write_text(path, text)
     def pretty_path(self, path): return path
 
-# %% ../nbs/900_experiments.ipynb #65b0eb6d
+# %% ../nbs/900_experiments.ipynb #20f9dd00
 def _papermill(path, run, kernel, show):
     "Execute the notebook at `path` with the parameters of `run` in `kernel`"
     import papermill
@@ -276,10 +289,10 @@ def _papermill(path, run, kernel, show):
     notebook = str(run.notebook.resolve())
     papermill_io.register(notebook, _WholeFile())
     papermill.execute_notebook(
-        str(path), notebook, parameters={**run.parameters, 'out': str(run.path.resolve())}, kernel_name='python3',
-        stdout_file=_ToRun(run, show), stderr_file=_ToRun(run, show=False), progress_bar=False,
-        kernel_manager_class=_kernel_manager(kernel),
-        extra_arguments=['--IPKernelApp.log_level=50', '--HistoryManager.enabled=False'])
+        str(path), notebook, parameters={**run.parameters, 'out': str(run.path.resolve())},
+        kernel_name='python3', kernel_manager_class=_kernel_manager(kernel),
+        extra_arguments=['--IPKernelApp.log_level=50', '--HistoryManager.enabled=False'],
+        stdout_file=_ToRun(run, show), stderr_file=_ToRun(run, show=False), progress_bar=False)
 
 # %% ../nbs/900_experiments.ipynb #009c6758
 def _mark(run, **how):
@@ -288,8 +301,9 @@ def _mark(run, **how):
         remove_temporaries(run.path)
         run.finish(**how)
 
+# %% ../nbs/900_experiments.ipynb #2b725892
 def _in_kernel(path, run, kernel, show):
-    "Execute the notebook at `path` in a kernel of its own, which is gone at the end; its output is in the run's log"
+    "Execute the notebook in a kernel that has ended afterwards; an `ExperimentError` with the cause if it fails"
     with _kernel_folder() as kernel.folder:
         kernel.threads = run.environment['threads']
         try: _papermill(path, run, kernel, show)
@@ -299,7 +313,7 @@ def _in_kernel(path, run, kernel, show):
             with contextlib.suppress(OSError):
                 for line in kernel.output()[-100:]: run.log(f'kernel: {line}')
 
-# %% ../nbs/900_experiments.ipynb #e379461b
+# %% ../nbs/900_experiments.ipynb #a25fc299
 def _execute(path, run, show):
     "Execute the notebook at `path` into `run`; what goes wrong is recorded and raised as a sentence"
     kernel, resume = _Kernel('.', 1), f'`{how_to_resume(run)}` resumes it.'
@@ -309,7 +323,7 @@ def _execute(path, run, show):
             run.finish()
             return run
         except KeyboardInterrupt as e:
-            logging.getLogger('asyncio').setLevel(logging.CRITICAL)     # it would tell of the task that was cut off
+            logging.getLogger('asyncio').setLevel(logging.CRITICAL)     # silent about the task that was cut off
             _mark(run, error=f'stopped by {e}', interrupted=True)
             raise KeyboardInterrupt(f'{run.name} was stopped; {resume}', kernel.stopped) from None
         except Exception as e:
@@ -317,10 +331,10 @@ def _execute(path, run, show):
             kept = f' The notebook up to there is {run.notebook}.' if run.notebook.exists() else ''
             raise ExperimentError(f'{run.step} failed: {e}{kept} {resume}') from None
 
-# %% ../nbs/900_experiments.ipynb #946c398b
+# %% ../nbs/900_experiments.ipynb #48ed9247
 def run_experiment(
     step,                   # A step such as 'train', or the path of a notebook
-    parameters:dict|None=None, # Name -> value; what is left out has the notebook's default
+    parameters:dict|None=None, # Name -> value; the notebook's default for all others
     root=None,              # The folder of all runs; None is the workspace's runs/
     show:bool=True,         # Print the notebook's output as it appears
 )->Run:                     # The finished run
@@ -337,6 +351,7 @@ def _run_at(run, root):
     try: return Run(run)
     except RunError: return Run(Path(root or workspace()/'runs')/run)
 
+# %% ../nbs/900_experiments.ipynb #f407b73d
 def _notebook_of(run):
     "The notebook that a run executes: of the experiment, of the user's own where it was, or its copy"
     own = run.status.notebook
@@ -377,6 +392,7 @@ def _finished(run, steps):
     advice = 'wait until it has finished' if run.state == 'running' else f'resume it with `{how_to_resume(run)}`'
     raise ExperimentError(f'{run.name} has not finished: it is {run.state}; {advice}, or name another run.')
 
+# %% ../nbs/900_experiments.ipynb #b3ea5c65
 def find_run(
     run,            # A run's folder or name, or '' for the newest finished one
     steps,          # The step that it must be a run of, such as 'prepare', or several
@@ -388,4 +404,5 @@ def find_run(
     runs = list_runs(root)
     runs = runs[runs.step.isin(steps) & (runs.state == 'finished')]
     if len(runs): return Run(root/runs.run.iloc[-1])
-    raise ExperimentError(f'No finished run of {" or ".join(steps)} is in {root}; make one with `clot run {steps[0]}`.')
+    raise ExperimentError(f'No finished run of {" or ".join(steps)} is in {root}; '
+                          f'create one with `clot run {steps[0]}`.')

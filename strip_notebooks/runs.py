@@ -57,7 +57,7 @@ def device_name()->str: # Such as 'cpu' or 'NVIDIA H100'
 
 # %% ../nbs/040_runs.ipynb #7b35d13e
 def thread_count()->int: # At least 1
-    "How many threads one process computes with here: OMP_NUM_THREADS if set, and never more than there are cores"
+    "How many threads one process computes with here: OMP_NUM_THREADS if set, else at most one per core"
     asked = os.environ.get('OMP_NUM_THREADS', '')
     if asked.isdigit() and int(asked) > 0: return int(asked)
     import torch
@@ -67,7 +67,7 @@ def thread_count()->int: # At least 1
 def environment(
     seed:int|None=None,     # The run's seed, if it has one
     threads:int|None=None,  # Threads of one process; None asks the machine
-)->dict:                    # Python, platform, processor, device, threads, commit, seed, and packages with their versions
+)->dict:                    # Python, platform, processor, device, threads, commit, seed, packages with versions
     "What a result was made with"
     named = {d.metadata['Name'].lower(): d.version for d in distributions() if d.metadata['Name']}
     code = Path(__file__).parent if '__file__' in globals() else '.'
@@ -98,7 +98,7 @@ def process_started(
 # %% ../nbs/040_runs.ipynb #07c58229
 @dataclass(frozen=True)
 class Owner:
-    "A process, such that no other one in the world is taken for it"
+    "A process on any machine: host, number and start time identify it"
     host:str = ''               # Name of its machine
     process:int = 0             # Its number there
     process_started:float = 0.  # When it started, in seconds since 1970
@@ -147,10 +147,10 @@ class Run:
     parameters  = property(lambda self: read_json(self.path/'parameters.json'), doc='What it was given')
     environment = property(lambda self: read_json(self.path/'environment.json'), doc='What it ran with')
     notebook    = property(lambda self: self.path/'notebook.ipynb', doc='The executed notebook')
-    source      = property(lambda self: self.path/'source.ipynb', doc="A copy of the user's own notebook, as it was")
+    source      = property(lambda self: self.path/'source.ipynb', doc="A copy of the user's own notebook")
     report      = property(lambda self: self.path/'report.html', doc='The page of a report')
-    bundle      = property(lambda self: self.path/'bundle', doc='The folder of the bundle; written here, never moved')
-    checkpoints = property(lambda self: self.path/'checkpoints', doc='The folder of what training resumes from')
+    bundle      = property(lambda self: self.path/'bundle', doc='The folder of the bundle')
+    checkpoints = property(lambda self: self.path/'checkpoints', doc='What training resumes from')
 
 # %% ../nbs/040_runs.ipynb #67e03e11
 @patch(as_prop=True)
@@ -162,10 +162,10 @@ def status(self:Run)->Status:
         raise RunError(f'{self.name}/status.json is not the status of a run of this version; make the run again.')
     return Status(**found)
 
-# %% ../nbs/040_runs.ipynb #70f49eff
+# %% ../nbs/040_runs.ipynb #ce02aa96
 @patch(as_prop=True)
 def state(self:Run)->str: # 'running', 'finished', 'failed' or 'interrupted'
-    "The state as it is: a run whose process was killed still says that it is running, and is interrupted"
+    "The state as it is now: a run that is recorded as running, but whose process has ended, is interrupted"
     status = self.status
     return 'interrupted' if status.state == 'running' and not status.alive() else status.state
 
@@ -176,7 +176,7 @@ def _change(run, change):
     with FileLock(run.path/'.lock'):
         write_json(run.path/'status.json', asdict(change(run.status, run.state)))
 
-# %% ../nbs/040_runs.ipynb #e867ddb1
+# %% ../nbs/040_runs.ipynb #b46867a0
 def new_run(
     step:str,           # The experiment
     parameters:dict,    # What it is given
@@ -191,8 +191,8 @@ def new_run(
     while path.exists(): path = name.with_name(f'{name.name}-{secrets.token_hex(2)}')
     path.mkdir(parents=True)
     write_json(path/'parameters.json', parameters)
-    source = str(notebook and Path(notebook).resolve())
-    status = Status(**asdict(Owner.this()), step=step, started=now(), notebook=source)
+    own = str(Path(notebook).resolve()) if notebook else ''
+    status = Status(**asdict(Owner.this()), step=step, started=now(), notebook=own)
     write_json(path/'status.json', asdict(status))
     run = Run(path)
     if notebook: write_text(run.source, Path(notebook).read_text(encoding='utf-8'))
@@ -213,7 +213,7 @@ def open_run(
 @patch
 def finish(self:Run,
     error:str='',           # What went wrong; empty if nothing did
-    interrupted:bool=False, # It was stopped, and nothing is wrong with it
+    interrupted:bool=False, # It was stopped from outside, and nothing is wrong with it
 )->None:
     "Seal the run as finished, or mark it as failed or interrupted, with the reason"
     state = 'interrupted' if interrupted else 'failed' if error else 'finished'
@@ -225,14 +225,14 @@ def finish(self:Run,
 # %% ../nbs/040_runs.ipynb #9756e9bd
 @patch
 def resume(self:Run)->None:
-    "Make this process the one that works on an unfinished run; a `RunError` if it has finished or is being worked on"
+    "Make this process the owner of an unfinished run; a `RunError` if it has finished or is running"
     def resumed(status, state):
         if state == 'finished': raise RunError(f'{self.name} has finished; there is nothing to resume.')
         if state == 'running':
             raise RunError(f'{self.name} is running, in process {status.process} of {status.host}; '
                            'wait for it, or stop it first.')
-        owner = asdict(Owner.this())
-        return replace(status, **owner, state='running', ended='', error='', attempts=status.attempts + 1)
+        attempts = status.attempts + 1
+        return replace(status, **asdict(Owner.this()), state='running', ended='', error='', attempts=attempts)
     _change(self, resumed)
     remove_temporaries(self.path)
     if self.notebook.exists(): self.notebook.rename(self.path/f'notebook-{self.status.attempts - 1}.ipynb')
@@ -242,7 +242,7 @@ def resume(self:Run)->None:
 # %% ../nbs/040_runs.ipynb #35903de5
 @patch
 def clean(self:Run)->list[str]: # The names of what was removed
-    "Remove what a killed process left half-written, unless the run is at work or has finished"
+    "Remove what a killed process left half-written, unless the run is running or has finished"
     from filelock import FileLock
     with FileLock(self.path/'.lock'):
         return remove_temporaries(self.path) if self.state in ('interrupted', 'failed') else []
@@ -256,6 +256,7 @@ def link(self:Run,
     where = os.path.relpath(other.path, self.path.parent)
     _change(self, lambda status, _: replace(status, links={**status.links, other.step: where}))
 
+# %% ../nbs/040_runs.ipynb #4e537cec
 @patch(as_prop=True)
 def links(self:Run)->dict: # Step -> Run
     "The runs that this one builds on; a `RunError` if one is missing"
@@ -283,6 +284,7 @@ def _writable(run, *parts):
         raise RunError(f'{parts[-1]!r} leads out of the run; use a plain file name.')
     return path
 
+# %% ../nbs/040_runs.ipynb #72aa0fe1
 def _artifact(run, kind, name, ending):
     "The path of a table or figure; a `RunError` with the nearest name if it is absent"
     path = run.path/f'{kind}s'/f'{name}{ending}'
@@ -299,6 +301,7 @@ def save_table(self:Run,
     "Save a table in the run"
     write_csv(_writable(self, 'tables', f'{name}.csv'), table.reset_index() if table.index.name else table)
 
+# %% ../nbs/040_runs.ipynb #acf64fb4
 @patch
 def table(self:Run,
     name:str,   # Name without ending
@@ -309,7 +312,7 @@ def table(self:Run,
     kinds = {c: str for c in text}
     return pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[''], float_precision='round_trip')
 
-# %% ../nbs/040_runs.ipynb #acf64fb4
+# %% ../nbs/040_runs.ipynb #6693e613
 @patch
 def save_figure(self:Run,
     fig,            # Matplotlib figure
@@ -317,8 +320,10 @@ def save_figure(self:Run,
     dpi:int=100,    # Dots per inch
 )->None:
     "Save a figure in the run, as PNG"
-    with atomic_path(_writable(self, 'figures', f'{name}.png')) as path: fig.savefig(path, dpi=dpi, bbox_inches='tight')
+    with atomic_path(_writable(self, 'figures', f'{name}.png')) as path:
+        fig.savefig(path, dpi=dpi, bbox_inches='tight')
 
+# %% ../nbs/040_runs.ipynb #fb01e29f
 @patch
 def figure(self:Run,
     name:str,   # Name without ending
@@ -326,7 +331,7 @@ def figure(self:Run,
     "A figure of the run; a `RunError` with the nearest name if there is none"
     return _artifact(self, 'figure', name, '.png')
 
-# %% ../nbs/040_runs.ipynb #6693e613
+# %% ../nbs/040_runs.ipynb #6df92ca8
 @patch
 def save_predictions(self:Run,
     predictions:pd.DataFrame,   # Predictions per image
@@ -334,6 +339,7 @@ def save_predictions(self:Run,
     "Save the predictions of the run's model"
     save_predictions(_writable(self, 'tables', 'predictions.csv'), predictions)
 
+# %% ../nbs/040_runs.ipynb #dd944f0e
 @patch(as_prop=True)
 def predictions(self:Run)->pd.DataFrame:
     "The predictions of the run's model, checked; a `RunError` if it has none"
@@ -347,6 +353,7 @@ def save_metrics(self:Run,
     "Save the numbers that the run found"
     write_json(_writable(self, 'metrics.json'), metrics)
 
+# %% ../nbs/040_runs.ipynb #482d1232
 @patch(as_prop=True)
 def metrics(self:Run)->dict:
     "The numbers that the run found; a `RunError` if it has none"
@@ -364,6 +371,7 @@ def save_record(self:Run,
     content = json.loads(to_json(record, inf_nan_mode='strings'))
     write_json(_writable(self, 'record.json'), dict(kind=type(record).__name__, **content))
 
+# %% ../nbs/040_runs.ipynb #17bb3035
 @patch
 def record(self:Run,
     cls,        # The dataclass
@@ -388,12 +396,14 @@ def save_summary(self:Run,
     "Save what a person reads when the run is done"
     write_text(_writable(self, 'summary.txt'), text.rstrip('\n') + '\n')
 
+# %% ../nbs/040_runs.ipynb #df78510b
 @patch(as_prop=True)
 def summary(self:Run)->str:
     "What a person reads when the run is done; empty if it has nothing to say"
     path = self.path/'summary.txt'
     return path.read_text(encoding='utf-8') if path.is_file() else ''
 
+# %% ../nbs/040_runs.ipynb #03b95622
 @patch
 def log(self:Run,
     text:str,   # One line
