@@ -281,6 +281,18 @@ class _WholeFile:
     def pretty_path(self, path): return path
 
 # %% ../nbs/900_experiments.ipynb #20f9dd00
+def _check_handles(
+    needed=100,     # Files that a command and its kernel open, with room to spare
+):
+    "An `ExperimentError` if this process may open too few more files"
+    import psutil
+    try: import resource
+    except ImportError: return                  # Windows has no such limit
+    limit, used = resource.getrlimit(resource.RLIMIT_NOFILE)[0], psutil.Process().num_fds()
+    if limit == resource.RLIM_INFINITY or limit - used >= needed: return
+    raise ExperimentError(f'only {limit} files can be open at once, which is too few; allow more with `ulimit -n 1024`.')
+
+# %% ../nbs/900_experiments.ipynb #e73bc37d
 def _papermill(path, run, kernel, show):
     "Execute the notebook at `path` with the parameters of `run` in `kernel`"
     import papermill
@@ -290,7 +302,7 @@ def _papermill(path, run, kernel, show):
     papermill_io.register(notebook, _WholeFile())
     papermill.execute_notebook(
         str(path), notebook, parameters={**run.parameters, 'out': str(run.path.resolve())},
-        kernel_name='python3', kernel_manager_class=_kernel_manager(kernel),
+        kernel_name='python3', language='python', kernel_manager_class=_kernel_manager(kernel),
         extra_arguments=['--IPKernelApp.log_level=50', '--HistoryManager.enabled=False'],
         stdout_file=_ToRun(run, show), stderr_file=_ToRun(run, show=False), progress_bar=False)
 
@@ -306,7 +318,10 @@ def _in_kernel(path, run, kernel, show):
     "Execute the notebook in a kernel that has ended afterwards; an `ExperimentError` with the cause if it fails"
     with _kernel_folder() as kernel.folder:
         kernel.threads = run.environment['threads']
-        try: _papermill(path, run, kernel, show)
+        try:
+            _check_handles()
+            _papermill(path, run, kernel, show)
+        except ExperimentError: raise
         except Exception as e: raise ExperimentError(_cause(e, kernel)) from None
         finally:
             kernel.kill()

@@ -1,0 +1,251 @@
+"Runs under real faults: kills, signals, dead kernels, full tables of files, two resumes at once, every step resumed"
+import json, os, signal, subprocess, sys, tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat, psutil, pytest
+
+from strip_notebooks.core import StripError, read_json, write_json
+from strip_notebooks.runs import Owner, Run, RunError, list_runs, new_run
+
+CLOT = str(Path(sys.executable).parent/'clot')
+
+# --- a workspace with a tiny notebook
+
+WAIT = '''import os, pathlib
+print('ready', os.getpid(), flush=True)
+if out: pathlib.Path(out, '.0123abcd-half.pt').touch()
+text = open(gate).read()
+print('read', text)'''
+
+class Workspace:
+    "A folder with notebooks, a gate that they wait at, and a temporary folder of its own, whose name is short enough for sockets"
+    def __init__(self, folder):
+        self.folder, self.temporary, self.gate = folder, folder/'t', folder/'gate'
+        self.temporary.mkdir()
+        os.mkfifo(self.gate)
+
+    def notebook(self, body, name='wait'):
+        cells = [nbformat.v4.new_code_cell(f"gate: str = '{self.gate}'\nout: str = ''", metadata=dict(tags=['parameters'])), nbformat.v4.new_code_cell(body)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), self.folder/f'{name}.ipynb')
+        return f'{name}.ipynb'
+
+    def start(self, *words, before='', **environment):
+        "A process of `clot run WORDS`"
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'TMPDIR': str(self.temporary), **environment}
+        command = [CLOT, 'run', *map(str, words)]
+        if before: command = ['bash', '-c', f'{before}; exec "$@"', 'bash', *command]
+        return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, *words, before='', **environment):
+        "The exit code of `clot run WORDS`, and what it said"
+        process = self.start(*words, before=before, **environment)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+
+    def ready(self, *words):
+        "A process of `clot run WORDS` whose notebook waits at the gate, and the kernel"
+        process = self.start(*words)
+        for line in process.stdout:
+            if line.strip().startswith('ready'): return process, psutil.Process(int(line.split()[1]))
+        raise AssertionError(process.stderr.read())
+
+    def open_gate(self): self.gate.write_text('go')
+    def only_run(self): return Run(*(self.folder/'runs').iterdir())
+    def left(self): return sorted(p.name for p in self.temporary.iterdir())
+
+@pytest.fixture
+def place():
+    with tempfile.TemporaryDirectory(prefix='w', dir='/tmp') as folder: yield Workspace(Path(folder))
+
+def kill(process, kernel):
+    "Kill `clot` as the system would; its kernel must end by itself within 5 seconds"
+    process.kill()
+    process.wait()
+    gone, alive = psutil.wait_procs([kernel], timeout=5)
+    assert not alive, 'the kernel outlives clot'
+
+# --- kills
+
+def test_a_killed_run_is_interrupted_and_resumed_any_number_of_times(place):
+    words = [place.notebook(WAIT)]
+    for attempt in (1, 2, 3):
+        kill(*place.ready(*words))
+        run = place.only_run()
+        assert (run.state, run.status.attempts) == ('interrupted', attempt)
+        words = ['--resume', run.name]
+    assert len(place.left()) == 1 and (run.path/'.0123abcd-half.pt').exists()       # what a killed command leaves
+    assert subprocess.run([CLOT, 'runs'], cwd=place.folder, env={**os.environ, 'TMPDIR': str(place.temporary)}, capture_output=True).returncode == 0
+    assert place.left() == [] and not (run.path/'.0123abcd-half.pt').exists()       # the next command removes
+    process, kernel = place.ready(*words)
+    place.open_gate()
+    assert process.wait(60) == 0 and run.state == 'finished'
+    assert sorted(p.name for p in run.path.glob('notebook*')) == ['notebook-1.ipynb', 'notebook-2.ipynb', 'notebook-3.ipynb', 'notebook.ipynb']
+    code, _, said = place.run(*words)
+    assert code == 2 and 'has finished' in said
+
+def test_several_resumes_at_once(place):
+    kill(*place.ready(place.notebook(WAIT)))
+    run = place.only_run()
+    started = [place.start('--resume', run.name) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        ended = as_completed([pool.submit(p.communicate, timeout=120) for p in started])
+        refused = [next(ended).result()[1] for _ in range(3)]
+        place.open_gate()                                                           # the one that works may go on
+        next(ended)
+    assert all('is running, in process' in said and 'Traceback' not in said for said in refused), refused
+    assert sorted(p.returncode for p in started) == [0, 2, 2, 2] and run.status.attempts == 2 and run.state == 'finished'
+
+def test_a_recycled_process_id_is_another_process(tmp_path):
+    run = new_run('train', {}, tmp_path)
+    status = read_json(run.path/'status.json')
+    write_json(run.path/'status.json', {**status, 'process_started': status['process_started'] - 600})
+    assert run.state == 'interrupted' and list_runs(tmp_path).state.tolist() == ['interrupted']
+    run.resume()
+    assert run.state == 'running' and run.status.process_started == Owner.this().process_started
+
+# --- signals
+
+STUBBORN = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + WAIT
+
+@pytest.mark.parametrize('body, signals, code', [(WAIT, [signal.SIGTERM], 143), (WAIT, [signal.SIGHUP], 129), (WAIT, [signal.SIGINT], 130),
+                                                 (WAIT, [signal.SIGINT]*2, 130), (STUBBORN, [signal.SIGINT]*2, 130), (STUBBORN, [signal.SIGTERM], 143)])
+def test_a_signal_ends_with_a_sentence_and_without_a_kernel(place, body, signals, code):
+    process, kernel = place.ready(place.notebook(body))
+    for number in signals: process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert not kernel.is_running() and process.returncode == code
+    run = place.only_run()
+    assert said.strip() == f'clot: {run.name} was stopped; `clot run --resume {run.name}` resumes it.'
+    assert run.state == run.status.state == 'interrupted'
+    assert place.left() == [] and not (run.path/'.0123abcd-half.pt').exists()
+    nbformat.read(run.notebook, 4)
+
+# --- kernels that die, and systems that refuse
+
+MEMORY = '''import resource
+used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
+bytearray(2**32)'''
+
+@pytest.mark.parametrize('body, cause', [('import os; os.kill(os.getpid(), 9)', 'was killed (SIGKILL)'), ('import os; os.abort()', 'crashed (SIGABRT)'),
+                                         ('import os; os._exit(3)', 'ended with the code 3'), (MEMORY, 'MemoryError'), ('1/0', 'ZeroDivisionError')])
+def test_a_dead_kernel_is_a_sentence_and_a_failed_run(place, body, cause):
+    code, _, said = place.run(place.notebook(body))
+    run = place.only_run()
+    assert code == 2 and cause in said and f'`clot run --resume {run.name}` resumes it.' in said
+    assert len(said.strip().splitlines()) == 1 and 'Traceback' not in said
+    assert run.state == 'failed' and cause in run.status.error and run.notebook.exists() and place.left() == []
+
+def test_a_home_that_cannot_be_written(place):
+    code, out, said = place.run(place.notebook("print('done')"), HOME='/dev/null', XDG_CONFIG_HOME='/dev/null', XDG_CACHE_HOME='/dev/null')
+    assert (code, said) == (0, '') and place.only_run().state == 'finished' and place.left() == []
+
+@pytest.mark.parametrize('handles', [24, 64])
+def test_too_few_file_handles(place, handles):
+    code, _, said = place.run(place.notebook("print('done')"), before=f'ulimit -n {handles}')
+    run = place.only_run()
+    assert code == 2 and len(said.strip().splitlines()) == 1, said
+    assert f'only {handles} files can be open' in said and f'`clot run --resume {run.name}` resumes it.' in said
+    assert run.state == 'failed' and place.left() == []
+    assert place.run('--resume', run.name)[0] == 0
+
+# --- notebooks of the user's own
+
+def test_a_notebook_of_ones_own_is_resumed(place):
+    name = place.notebook("print('value', float(open('value.txt').read()))", 'mine')
+    assert place.run(name)[0] == 2
+    run = place.only_run()
+    (place.folder/'value.txt').write_text('7')
+    (place.folder/name).unlink()                                                    # its copy in the run is there
+    code, out, said = place.run('--resume', run.name)
+    assert code == 0 and 'value 7.0' in out and run.state == 'finished', said
+
+def test_the_number_of_threads_is_kept(place):
+    name = place.notebook("import os; print('threads', os.environ['OMP_NUM_THREADS'])")
+    process = place.start(name, OMP_NUM_THREADS='3')
+    assert 'threads 3' in process.communicate()[0]
+    run = place.only_run()
+    assert run.environment['threads'] == 3
+    assert 'threads 3' in place.run('--repeat', run.name, OMP_NUM_THREADS='1')[1]
+
+# --- rules of a run
+
+def test_a_finished_run_never_changes(tmp_path):
+    run = new_run('train', {}, tmp_path)
+    run.save_metrics(dict(auc=.5))
+    run.finish()
+    before = {p: p.read_bytes() for p in run.path.rglob('*') if p.is_file()}
+    import pandas as pd
+    changes = [lambda: run.save_metrics({}), lambda: run.save_table(pd.DataFrame(), 'a'), lambda: run.save_summary(''), lambda: run.log(''), lambda: run.finish(),
+               lambda: run.finish('error'), run.resume, lambda: run.save_record(Owner())]
+    for change in changes:
+        with pytest.raises(RunError, match='has finished'): change()
+    assert {p: p.read_bytes() for p in run.path.rglob('*') if p.is_file()} == before
+
+def test_a_step_builds_on_finished_runs_only(tmp_path):
+    from strip_notebooks.experiments import find_run
+    run = new_run('train', {}, tmp_path)
+    with pytest.raises(StripError, match='has not finished: it is running; wait'): find_run(run.path, 'train')
+    run.finish('out of memory')
+    with pytest.raises(StripError, match='has not finished: it is failed; resume it'): find_run(run.path, 'train')
+
+def test_settings_are_those_of_the_notebooks():
+    "Names, order, types, defaults and comments of each experiment's parameters cell"
+    from strip_notebooks.experiments import experiment_parameters, experiment_paths
+    from strip_notebooks.settings import setting_parameters, step_settings
+    assert set(step_settings) == set(experiment_paths())
+    for step, path in experiment_paths().items():
+        told, cell = setting_parameters(step_settings[step]), experiment_parameters(path)
+        assert {n: (p['type'], p['default'], p['help']) for n, p in told.items()} == {n: (p['type'], p['default'], p['help']) for n, p in cell.items()}, step
+
+# --- the whole way: three classes, one with markup in its name; each step killed and resumed
+
+CLASSES = ['CE', 'LAA', '<b>other</b>']
+
+@pytest.fixture(scope='module')
+def three(tmp_path_factory):
+    "A workspace with a demo on images of three classes"
+    import numpy as np, pandas as pd
+    from strip_notebooks.data.formats import write_image
+    folder = tmp_path_factory.mktemp('three')
+    rng, rows = np.random.default_rng(0), []
+    for patient in range(60):
+        brightness = 90 + 50*(patient % 3)
+        write_image(folder/f'{patient}.png', rng.normal(brightness, 20, (40, 40, 3)).clip(0, 255).astype(np.uint8))
+        rows.append(dict(image_id=f'i{patient}', patient_id=f'p{patient}', label=CLASSES[patient % 3], center_id=f'c{patient % 2}', path=f'{patient}.png'))
+    pd.DataFrame(rows).to_csv(folder/'cohort.csv', index=False)
+    small = ['--data', 'cohort.csv', '--size', '32', '--epochs', '2', '-p', 'evaluate.resamples=200']
+    done = subprocess.run([CLOT, 'demo', *small], cwd=folder, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder
+
+def latest(folder, step): return Run(sorted((folder/'runs').glob(f'*-{step}-*'))[0])
+
+def test_three_classes_end_to_end(three):
+    predictions = latest(three, 'train').predictions
+    assert [c for c in predictions if c.startswith('p_')] == [f'p_{c}' for c in sorted(CLASSES)]
+    assert set(list_runs(three/'runs').state) == {'finished'}
+
+def test_markup_in_labels_is_escaped_everywhere(three):
+    for run in map(Run, (three/'runs').iterdir()):
+        for cell in nbformat.read(run.notebook, 4).cells:
+            for output in cell.get('outputs', []):
+                data = output.get('data', {})
+                for kind in ('text/html', 'text/markdown'): assert '<b>other' not in data.get(kind, ''), f'{run.step}: {kind}'
+    assert '<b>other' not in latest(three, 'report').report.read_text()
+
+@pytest.mark.parametrize('step', ['prepare', 'train', 'evaluate', 'report'])
+def test_each_step_is_killed_resumed_and_ends_the_same(three, step):
+    first = latest(three, step)
+    given = [f'-p{name}={",".join(value) if isinstance(value, list) else value}' for name, value in first.parameters.items()]
+    process = subprocess.Popen([CLOT, 'run', step, *given], cwd=three, stdout=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    process.stdout.readline()
+    process.kill()
+    process.wait()
+    run = Run(sorted((three/'runs').glob(f'*-{step}-*'))[-1])
+    assert run.state == 'interrupted' and run.name != first.name
+    done = subprocess.run([CLOT, 'run', '--resume', run.name], cwd=three, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in sorted(p.stem for p in (first.path/'tables').glob('*.csv')): assert run.table(name).equals(first.table(name)), name
