@@ -31,13 +31,14 @@ def progress_style()->str: # 'widget', 'bar', 'lines' or 'none'
     if style: return style
     return 'widget' if in_notebook() else 'bar' if sys.stderr.isatty() else 'lines'
 
-# %% ../nbs/010_processes.ipynb #700998ff
+# %% ../nbs/010_processes.ipynb #8b9a0976
 class _Lines:
     "A file that ends each of tqdm's redrawn lines instead"
     def write(self, s):
         if s.strip(): print(s.strip('\r\n '), flush=True)
     def flush(self): pass
 
+# %% ../nbs/010_processes.ipynb #f6af1ada
 def progress(
     iterable,           # What to go through
     desc:str='',        # What the work is
@@ -49,12 +50,14 @@ def progress(
     else: from tqdm import tqdm
     if style == 'none': return tqdm(iterable, disable=True)
     if style != 'lines': return tqdm(iterable, desc=desc, total=total)
-    return tqdm(iterable, desc=desc, total=total, file=_Lines(), mininterval=10, bar_format='{desc}: {n_fmt} of {total_fmt}, elapsed {elapsed}, remaining {remaining}')
+    line = '{desc}: {n_fmt} of {total_fmt}, elapsed {elapsed}, remaining {remaining}'
+    return tqdm(iterable, desc=desc, total=total, file=_Lines(), mininterval=10, bar_format=line)
 
 # %% ../nbs/010_processes.ipynb #e2945da3
 class WorkerError(StripError):
     "A worker process could not start, or ended before its work was done"
 
+# %% ../nbs/010_processes.ipynb #d9bf78cf
 @dataclass(frozen=True)
 class Died:
     "Stands for the result of an item whose worker process ended"
@@ -79,25 +82,28 @@ def _capture_prints(folder):
     for output in (1, 2): os.dup2(fd, output)
     os.close(fd)
 
+# %% ../nbs/010_processes.ipynb #39113c21
 def _prints_of(folder, pid):
     "The first 2,000 characters that the worker `pid` has printed since its item began"
     try: return (Path(folder)/str(pid)).read_bytes()[:2000].decode(errors='replace').strip()
     except OSError: return ''
 
+# %% ../nbs/010_processes.ipynb #a4fd1bac
 def worker_prints()->str:
     "In a worker: what has been printed since the item began; '' in other processes"
     if not _in_worker: return ''
     sys.stdout.flush()
     return os.pread(1, 2000, 0).decode(errors='replace').strip()
 
-# %% ../nbs/010_processes.ipynb #a4fd1bac
+# %% ../nbs/010_processes.ipynb #f940c2b9
 def _watch(line, folder):
-    "Wait until the parent is gone, then end this process"
+    "Wait until the parent has ended, then end this process"
     try: line.recv()
     except (EOFError, OSError): pass
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
+# %% ../nbs/010_processes.ipynb #b3070753
 def _start_worker(line, folder):
     "What each worker does first"
     global _in_worker
@@ -107,7 +113,7 @@ def _start_worker(line, folder):
     _capture_prints(folder)
     threading.Thread(target=_watch, args=(line, folder), daemon=True).start()
 
-# %% ../nbs/010_processes.ipynb #f940c2b9
+# %% ../nbs/010_processes.ipynb #7c9e23f4
 def _portable(error):
     "The error as bytes; one that cannot cross processes as a `WorkerError` that names its type"
     error.add_note('In a worker process:\n' + ''.join(traceback.format_exception(error)))
@@ -115,13 +121,16 @@ def _portable(error):
         data = pickle.dumps((False, error))
         pickle.loads(data)
         return data
-    except Exception: return pickle.dumps((False, WorkerError(f'A worker process failed with {type(error).__name__}.')))
+    except Exception:
+        failed = WorkerError(f'A worker process failed with {type(error).__name__}.')
+        return pickle.dumps((False, failed))
 
+# %% ../nbs/010_processes.ipynb #f46f77bf
 def _run_in_worker(payload):
     "Apply a function to an item, both pickled, and pickle whether it worked and what it gave"
     if _in_worker: os.truncate(1, 0)
     try:
-        function,item = pickle.loads(payload)
+        function, item = pickle.loads(payload)
         return pickle.dumps((True, function(item)))
     except BaseException as error: return _portable(error)
 
@@ -145,47 +154,52 @@ def remove_worker_files()->list: # The names of the folders that were removed
     for folder in left: shutil.rmtree(folder, ignore_errors=True)
     return [f.name for f in left]
 
+# %% ../nbs/010_processes.ipynb #e438fede
 def _prints_folder():
-    "A new temporary folder that bears the number of this process"
+    "A new temporary folder named by the number of this process"
     remove_worker_files()
     return tempfile.mkdtemp(prefix=f'strip-workers-{os.getpid()}-')
 
-# %% ../nbs/010_processes.ipynb #e438fede
+# %% ../nbs/010_processes.ipynb #b29cadfa
 class _Crew:
-    "The worker processes of this process, and the line that they hold"
+    "The worker processes of this process, and the pipe that they hold"
     def __init__(self, size):
         from multiprocessing import get_context
         from pebble import ProcessPool
         context = get_context('spawn')
-        self.size,self.pid = size,os.getpid()
+        self.size, self.pid = size, os.getpid()
         self.futures = weakref.WeakSet()
         self.folder = _prints_folder()
-        self.line,self.held = context.Pipe(duplex=False)
+        self.line, self.held = context.Pipe(duplex=False)
         self.pool = ProcessPool(size, initializer=_start_worker, initargs=(self.line, self.folder), context=context)
+
     def usable(self, size): return self.size >= size and self.pid == os.getpid() and self.pool.active
+
     def submit(self, payload):
         "A future of the result"
         future = self.pool.schedule(_run_in_worker, args=(payload,))
         self.futures.add(future)
         return future
-    def stop(self):
-        "End the workers; what they were working on is broken off"
-        from concurrent.futures.process import BrokenProcessPool
-        self.pool.stop()
-        self.held.close()
-        self.pool.join()
-        for future in list(self.futures):
-            if not future.done(): future.set_exception(BrokenProcessPool('stopped'))
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+# %% ../nbs/010_processes.ipynb #9af9e84b
+@patch
+def stop(self:_Crew):
+    "End the workers, and the items that they were working on"
+    from concurrent.futures.process import BrokenProcessPool
+    self.pool.stop()
+    self.held.close()
+    self.pool.join()
+    for future in list(self.futures):
+        if not future.done(): future.set_exception(BrokenProcessPool('stopped'))
+    shutil.rmtree(self.folder, ignore_errors=True)
 
 # %% ../nbs/010_processes.ipynb #777d4a4e
-_crew = None                                                        # the crew of this process
-_crew_lock = threading.RLock()
-_no_start = ("No worker process could be started ({}). In a script, put what starts the work below `if __name__ == '__main__':`; "
+_no_start = ("No worker process could be started ({}). "
+             "In a script, put what starts the work below `if __name__ == '__main__':`; "
              "otherwise this machine is short of memory, processes or file handles.")
 
 def _started_crew(size):
-    "A new crew, of which one worker at least has started"
+    "A new crew, of which at least one worker has started"
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing.resource_tracker import ensure_running
     crew = None
@@ -201,11 +215,33 @@ def _started_crew(size):
         why = getattr(e.__cause__ or e, 'strerror', None) or 'it ended at once'
         raise WorkerError(_no_start.format(why)) from None
 
+# %% ../nbs/010_processes.ipynb #fecb4de8
+_crew = None                                                        # the crew of this process
+_crew_lock = threading.RLock()
+
+def _end():
+    "End the workers when this process ends"
+    import multiprocessing
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not _crew or _crew.pid != os.getpid(): return
+    _crew.pool.stop()                                               # so that no worker is replaced
+    for process in multiprocessing.active_children():
+        if process.name == 'pebble_pool_worker': process.kill()     # also those that are still starting
+    _crew.stop()
+
+# %% ../nbs/010_processes.ipynb #a8951806
+def _at_exit():
+    "Call `_end` before pebble and multiprocessing wait for their processes"
+    import pebble                                                   # what is registered later is called earlier
+    atexit.register(_end)
+
+# %% ../nbs/010_processes.ipynb #d5bfead6
 def _workers(size, replace=None):
-    "The crew of this process with at least `size` workers; a new one if there is none, or in the place of `replace`"
+    "The crew of this process with at least `size` workers; a new one if there is none, or instead of `replace`"
     import multiprocessing
     global _crew
-    if getattr(multiprocessing.current_process(), '_inheriting', False): sys.exit(1)   # a worker that runs its parent's script
+    if getattr(multiprocessing.current_process(), '_inheriting', False):
+        sys.exit(1)                                                 # a worker that runs its parent's script
     with _crew_lock:
         if _crew and _crew is not replace and _crew.usable(size): return _crew
         if _crew and _crew.pid == os.getpid(): _crew.stop()
@@ -214,70 +250,63 @@ def _workers(size, replace=None):
         _crew = _started_crew(size)
         return _crew
 
-# %% ../nbs/010_processes.ipynb #fecb4de8
-def _end():
-    "End the workers when this process ends"
-    import multiprocessing
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not _crew or _crew.pid != os.getpid(): return
-    _crew.pool.stop()                                               # so that no worker is replaced
-    for process in multiprocessing.active_children():
-        if process.name == 'pebble_pool_worker': process.kill()     # also those that are still starting, which would complain
-    _crew.stop()
-
-def _at_exit():
-    "Call `_end` before pebble and multiprocessing wait for their processes"
-    import pebble                                                   # what is registered later is called earlier
-    atexit.register(_end)
-
-# %% ../nbs/010_processes.ipynb #a8951806
+# %% ../nbs/010_processes.ipynb #36233007
 @dataclass
 class _Task:
     "One item on its way"
     payload:bytes       # Function and item
     future:object=None
     killed:bool=False   # Whether its worker was killed once
-    stopped:int=0       # How often its crew was stopped for another's sake
+    stopped:int=0       # How often its crew was stopped because of another task
 
+# %% ../nbs/010_processes.ipynb #1a14794b
 class _Queue:
     "Items on their way through the workers, in order"
     def __init__(self, function, items, workers):
-        self.function,self.items,self.workers = function,iter(items),workers
+        self.function, self.items, self.workers = function, iter(items), workers
         self.crew = _workers(workers)
         self.tasks = deque()
-        self.ahead = 2*workers if workers == self.crew.size else workers        # a task in the pipe saves a worker from waiting
+        self.ahead = 2*workers if workers == self.crew.size else workers    # with a task in the pipe, no worker waits
+
     def submit(self, task):
-        "Hand out a task, to a new crew if the old one is broken"
+        "Submit a task, to a new crew if the old one is broken"
         try: task.future = self.crew.submit(task.payload)
         except RuntimeError:
             self.crew = _workers(self.workers, replace=self.crew)
             task.future = self.crew.submit(task.payload)
-    def running(self): return [t.future for t in self.tasks if not t.future.done()]
-    def fill(self):
-        "Hand out more items: at most `ahead` at once, and four times as many with those that wait to be fetched"
-        while len(self.running()) < self.ahead and len(self.tasks) < 4*self.ahead:
-            try: item = next(self.items)
-            except StopIteration: return
-            task = _Task(pickle.dumps((self.function, item)))
-            self.submit(task)
-            self.tasks.append(task)
 
-# %% ../nbs/010_processes.ipynb #d5bfead6
+    def running(self): return [t.future for t in self.tasks if not t.future.done()]
+
+# %% ../nbs/010_processes.ipynb #f56cd4ed
+@patch
+def fill(self:_Queue):
+    "Submit more items: at most `ahead` unfinished ones, and four times as many with the finished ones"
+    while len(self.running()) < self.ahead and len(self.tasks) < 4*self.ahead:
+        try: item = next(self.items)
+        except StopIteration: return
+        task = _Task(pickle.dumps((self.function, item)))
+        self.submit(task)
+        self.tasks.append(task)
+
+# %% ../nbs/010_processes.ipynb #737e5b10
 def _is_broken(future):
     "Whether a future ended because its crew did"
     from concurrent.futures.process import BrokenProcessPool
     return future.cancelled() or isinstance(future.exception(), BrokenProcessPool)
 
+# %% ../nbs/010_processes.ipynb #21c8bb0f
 @patch
-def hand_out_again(self:_Queue):
+def submit_again(self:_Queue):
     "Submit the tasks again whose crew was stopped"
     for task in self.tasks:
         if not task.future.done() or not _is_broken(task.future): continue
         task.stopped += 1
         if task.stopped > 3:
-            raise WorkerError('The worker processes ended again and again: this machine is short of memory, processes or file handles.')
+            raise WorkerError('The worker processes ended again and again: '
+                              'this machine is short of memory, processes or file handles.')
         self.submit(task)
 
+# %% ../nbs/010_processes.ipynb #8a8baf72
 @patch
 def run_alone(self:_Queue, task):
     "Run a task with no other beside it, and wait for it"
@@ -286,13 +315,13 @@ def run_alone(self:_Queue, task):
     self.crew = _workers(self.workers, replace=self.crew)
     self.submit(task)
     wait([task.future])
-    self.hand_out_again()
+    self.submit_again()
 
-# %% ../nbs/010_processes.ipynb #660941a5
+# %% ../nbs/010_processes.ipynb #982ecebe
 def _outcome(queue, task):
     "The result of a task that is done, or `Died`; a worker that was killed gets a second try"
     from pebble import ProcessExpired
-    try: good,value = pickle.loads(task.future.result())
+    try: good, value = pickle.loads(task.future.result())
     except ProcessExpired as e:
         if e.exitcode == _killed and not task.killed:
             queue.run_alone(task)
@@ -302,6 +331,7 @@ def _outcome(queue, task):
     if good: return value
     raise value
 
+# %% ../nbs/010_processes.ipynb #cb49b22c
 def worker_results(
     function,               # Of one item; importable from a module, as workers have to find it
     items,                  # What to go through
@@ -316,7 +346,7 @@ def worker_results(
     try:
         queue.fill()
         while queue.tasks:
-            queue.hand_out_again()
+            queue.submit_again()
             if queue.tasks[0].future.done():
                 yield _outcome(queue, queue.tasks[0])
                 queue.tasks.popleft()
@@ -330,23 +360,28 @@ _why_died = dict(memory='was killed, also with no other beside it: it needs more
                  timeout='took longer than its limit', crashed='crashed')
 
 def _replaced(results, items, died):
-    "Results, with that of `died` in the place of `Died`"
-    for i,(item,result) in enumerate(zip(items, results), 1):
+    "Results, with that of `died` instead of each `Died`"
+    for i, (item, result) in enumerate(zip(items, results), 1):
         if isinstance(result, Died) and not died:
-            raise WorkerError(f'The worker process for item {i} of {len(items)} {_why_died[result.how]}. Leave this item out.')
+            why = _why_died[result.how]
+            raise WorkerError(f'The worker process for item {i} of {len(items)} {why}. Leave this item out.')
         yield died(item, result.how) if isinstance(result, Died) else result
 
+# %% ../nbs/010_processes.ipynb #91943bf8
 def parallel_map(
     function,               # Of one item; importable from a module, as workers have to find it
     items,                  # What to go through
     desc:str='',            # What the work is
     workers:int|None=None,  # Worker processes; None takes one for each core
-    died=None,              # Of an item and how its worker ended ('crashed', 'timeout', 'memory'): its result; None raises a `WorkerError`
+    died=None,              # Function of an item and how its worker ended, gives its result; None: a `WorkerError`
 ):                          # Results, one by one, in the order of the items
     "Go through `items` in worker processes and show the progress"
     items = list(items)
-    if workers is not None and workers < 1: raise StripError(f'workers={workers} must be 1 or more, or None for one on each core.')
-    return progress(_replaced(worker_results(function, items, workers), items, died), desc, total=len(items)) if items else iter(())
+    if workers is not None and workers < 1:
+        raise StripError(f'workers={workers} must be 1 or more, or None for one on each core.')
+    if not items: return iter(())
+    results = worker_results(function, items, workers)
+    return progress(_replaced(results, items, died), desc, total=len(items))
 
 # %% ../nbs/010_processes.ipynb #6ee9b2c8
 def run_in_worker(
