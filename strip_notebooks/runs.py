@@ -7,7 +7,7 @@ __all__ = ['RunError', 'git_commit', 'processor', 'device_name', 'thread_count',
            'Owner', 'Status', 'now', 'Run', 'new_run', 'open_run', 'list_runs']
 
 # %% ../nbs/040_runs.ipynb #82978f37
-import json, os, platform, secrets, subprocess
+import json, os, platform, secrets, subprocess, sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import distributions
@@ -49,8 +49,11 @@ def processor()->str: # Such as 'AMD EPYC 9B14, 2 cores'
     return f'{name}, {cpu_count()} cores'
 
 # %% ../nbs/040_runs.ipynb #1df5ea27
+_drivers = ['/dev/nvidiactl', '/dev/nvmap', '/dev/kfd', '/dev/dxg']     # NVIDIA, its boards, AMD, Linux within Windows
+
 def device_name()->str: # Such as 'cpu' or 'NVIDIA H100'
-    "The accelerator that torch would use, or 'cpu'"
+    "The accelerator that torch would use, or 'cpu'; on a Linux without a driver, found without importing torch"
+    if sys.platform == 'linux' and not any(map(os.path.exists, _drivers)): return 'cpu'
     import torch
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     return 'mps' if torch.backends.mps.is_available() else 'cpu'
@@ -60,8 +63,8 @@ def thread_count()->int: # At least 1
     "How many threads one process computes with here: OMP_NUM_THREADS if set, else at most one per core"
     asked = os.environ.get('OMP_NUM_THREADS', '')
     if asked.isdigit() and int(asked) > 0: return int(asked)
-    import torch
-    return min(torch.get_num_threads(), cpu_count())
+    import psutil
+    return min(psutil.cpu_count(logical=False) or cpu_count(), cpu_count())
 
 # %% ../nbs/040_runs.ipynb #7b8c5f13
 def environment(
