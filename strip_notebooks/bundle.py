@@ -233,16 +233,23 @@ class TorchRuntime:
         try: self.model = model.to(device, memory_format=torch.channels_last).eval()
         except (RuntimeError, AssertionError) as e: raise BundleError(f'Device {device!r} cannot be used: {e}') from e
 
-    def batch(self, pixels):
-        "uint8 pixels (N, S, S, 3) as the network takes them: normalized, (N, 3, S, S) float32, on the device"
-        import torch
-        x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).to(self.device)
-        return self.preprocessing.normalized(x).contiguous(memory_format=torch.channels_last)
+# %% ../nbs/310_bundle.ipynb #2660580b
+@patch
+def batch(self:TorchRuntime,
+    pixels, # (N, S, S, 3), uint8
+):          # (N, 3, S, S), float32
+    "Pixels as the network takes them: normalized, on the device"
+    import torch
+    x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).to(self.device)
+    return self.preprocessing.normalized(x).contiguous(memory_format=torch.channels_last)
 
-    def logits(self, batch):
-        "(N, C) float32"
-        import torch
-        with torch.inference_mode(): return self.model(batch).float().cpu().numpy()
+@patch
+def logits(self:TorchRuntime,
+    batch,  # From `batch`
+):          # (N, C), float32
+    "The logits of a batch, as a NumPy array"
+    import torch
+    with torch.inference_mode(): return self.model(batch).float().cpu().numpy()
 
 register_runtime('torch', TorchRuntime)
 
