@@ -30,6 +30,10 @@ class CohortError(StripError):
 class CohortWarning(UserWarning):
     "A cohort can be used, but something in it is unusual"
 
+def _warn(sentence):
+    "A `CohortWarning` that is shown without the path of a file, as notebooks keep what is shown"
+    warnings.warn_explicit(sentence, CohortWarning, 'strip_notebooks', 1)
+
 def attribute_columns(
     cohort:pd.DataFrame,    # A cohort
 )->list[str]:               # Such as ['age', 'sex']
@@ -205,7 +209,7 @@ def check_cohort(
         raise CohortError(f'{plural(double.sum(), "image id")} used more than once, the first again at row {double.argmax()}; '
                           'an image_id identifies one image.')
     if split: _check_split(out)
-    for sentence in _unusual(out): warnings.warn(sentence, CohortWarning, stacklevel=2)
+    for sentence in _unusual(out): _warn(sentence)
     first = [c for c in columns_needed if c in out]
     return out[first + [c for c in out if c not in first]]
 
@@ -234,8 +238,8 @@ def cohort_from_frame(
     if 'center_id' not in frame: frame = frame.assign(center_id='unknown')
     if 'path' in frame: frame = frame.assign(path=[_absolute(p, root) for p in frame.path])
     if 'label' not in frame:
-        warnings.warn(f'The table has no column label{_column_hint("label", frame)} Without labels, images can be prepared and predicted, '
-                      'but no model can be trained or evaluated.', CohortWarning, stacklevel=2)
+        _warn(f'The table has no column label{_column_hint("label", frame)} Without labels, images can be prepared and predicted, '
+              'but no model can be trained or evaluated.')
     return check_cohort(frame, labeled=False)
 
 # %% ../../nbs/140_data.cohort.ipynb #9149455b
@@ -359,8 +363,7 @@ def cohort_from_csv(
     given = 'path' in frame
     cohort = cohort_from_frame(frame if given else _with_paths(frame, csv, images), root=csv.parent)
     if given and (count := _outside(cohort.path, csv.parent)):
-        warnings.warn(f'{plural(count, "path")} of {len(cohort)} in {csv.name} outside its folder; check that these are the images you mean.',
-                      CohortWarning, stacklevel=2)
+        _warn(f'{plural(count, "path")} of {len(cohort)} in {csv.name} outside its folder; check that these are the images you mean.')
     return cohort
 
 # %% ../../nbs/140_data.cohort.ipynb #f05b8255

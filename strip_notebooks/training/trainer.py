@@ -7,7 +7,7 @@ __all__ = ['Task', 'pick_device', 'pick_precision', 'deterministic', 'Trainer', 
            'write_state', 'read_state', 'checkpoints']
 
 # %% ../../nbs/420_training.trainer.ipynb #7b92363a
-import hashlib, json, math
+import hashlib, json, logging, math
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import islice
@@ -99,6 +99,7 @@ class Trainer:
         _check_monitor(config.monitor, task.better)
         self.device = pick_device(config.device)
         self.precision = pick_precision(self.device, config.precision)
+        logging.getLogger('lightning_fabric').setLevel(logging.WARNING)     # the precision is in the bundle
         self.fabric = Fabric(accelerator=self.device, devices=1, precision=self.precision)
         seed_everything(derive_seed(config.seed, 'start'))
         self.net = task.network()
