@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FoundImages', 'own_images', 'synthetic_images', 'reading_of', 'usable_images', 'reason_table', 'SplitPlan',
-           'split_cohort', 'split_sentence', 'save_prepared', 'load_prepared']
+           'split_sentence', 'split_cohort', 'save_prepared', 'load_prepared']
 
 # %% ../nbs/220_preparation.ipynb #18569129
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ import pandas as pd
 
 from .core import StripError, listing, plural, read_json, write_csv, write_json
 from .data.cache import Cache
-from .data.cohort import CohortError, hide, identity_table, load_cohort, load_salt, read_cohort, reveal, save_cohort
+from .data.cohort import (CohortError, hide, identity_table, load_cohort, load_salt, read_cohort, reveal,
+                                         save_cohort)
 from .data.images import Reading
 from .data.measure import quarantine
 from .data.preprocess import Preprocessing
@@ -29,6 +30,7 @@ class FoundImages:
     source:str                          # What the images are, in a few words
     identities:pd.DataFrame|None = None # From `identity_table`; None for synthetic images
     best_auc:float|None = None          # Upper bound of the patient AUC, of synthetic images
+    root:Path|None = None               # The folder that holds the user's images or their table
 
 def own_images(
     data,           # A folder LABEL/patient/image, or a CSV beside images
@@ -38,8 +40,10 @@ def own_images(
     "The images of a user, under pseudonyms"
     cohort = read_cohort(data, dict(c.split('=', 1) for c in columns))
     identities = identity_table(cohort, load_salt(storage))
-    return FoundImages(hide(cohort, identities), 'images of your own', identities)
+    root = Path(data) if Path(data).is_dir() else Path(data).parent
+    return FoundImages(hide(cohort, identities), 'images of your own', identities, root=root)
 
+# %% ../nbs/220_preparation.ipynb #172c7646
 def synthetic_images(
     preset:Preset,  # What is drawn
     patients:int,   # How many patients
@@ -71,16 +75,18 @@ def usable_images(
     "The images that can be used; a `StripError` if there is none"
     cohort,bad = quarantine(found.cohort, cache.measures)
     if len(cohort): return cohort, bad
-    raise StripError(f'None of the {plural(len(bad), "image")} can be read; the first reason is {bad.reason.iloc[0]!r}. '
+    first = bad.reason.iloc[0]
+    raise StripError(f'None of the {plural(len(bad), "image")} can be read; the first reason is {first!r}. '
                      'Check the paths and the formats.')
 
+# %% ../nbs/220_preparation.ipynb #7d481936
 def reason_table(
     bad:pd.DataFrame,   # Quarantined images
 )->pd.DataFrame:        # reason, images
     "How many images were quarantined for which reason"
     return bad.groupby('reason').size().rename('images').reset_index()
 
-# %% ../nbs/220_preparation.ipynb #425e68e0
+# %% ../nbs/220_preparation.ipynb #3a522ee8
 @dataclass(frozen=True)
 class SplitPlan:
     "How patients are assigned to training, validation and test set"
@@ -90,26 +96,34 @@ class SplitPlan:
     test_centers:tuple = ()     # Test on these centers only; goes with train_centers
     seed:int = 0                # Decides who goes where
 
+def split_sentence(
+    plan:SplitPlan, # How the cohort was split
+)->str:             # A sentence for a report
+    "How patients were assigned"
+    trained,tested = listing(plan.train_centers), listing(plan.test_centers)
+    if trained: return f'Trained on {trained} and tested on {tested}.'
+    return 'Patients of every center were assigned to training, validation and test set, each class in the same shares.'
+
+# %% ../nbs/220_preparation.ipynb #425e68e0
+def _split(cohort, plan):
+    "A cohort with original ids, split as planned"
+    if plan.train_centers:
+        return split_by_center(cohort, list(plan.train_centers), list(plan.test_centers), plan.val_ratio, plan.seed)
+    ratios = 1 - plan.val_ratio - plan.test_ratio, plan.val_ratio, plan.test_ratio
+    return split_patients(cohort, ratios, plan.seed)
+
 def split_cohort(
     cohort:pd.DataFrame,        # A labeled cohort
     plan:SplitPlan,             # How to split it
     identities:pd.DataFrame|None=None,  # Where the cohort has pseudonyms
 )->pd.DataFrame:                # The cohort with a column `split`; `attrs['split']` says how it was made
     "Assign patients to sets, by center if the plan names centers"
-    if identities is not None:
-        numbered = (identities.center_id != identities.original_center_id).any()
-        if plan.train_centers and numbered:
-            raise CohortError('The centers look like patients, so they cannot be used for a split; map another column to center_id.')
-        return hide(split_cohort(reveal(cohort, identities), plan), identities)
-    if plan.train_centers: return split_by_center(cohort, list(plan.train_centers), list(plan.test_centers), plan.val_ratio, plan.seed)
-    return split_patients(cohort, (1 - plan.val_ratio - plan.test_ratio, plan.val_ratio, plan.test_ratio), plan.seed)
-
-def split_sentence(
-    plan:SplitPlan,
-)->str:
-    "How patients were assigned, for a report"
-    if not plan.train_centers: return 'Patients of every center were assigned to training, validation and test set, each class in the same shares.'
-    return f'Trained on {listing(plan.train_centers)} and tested on {listing(plan.test_centers)}.'
+    if identities is None: return _split(cohort, plan)
+    numbered = (identities.center_id != identities.original_center_id).any()
+    if plan.train_centers and numbered:
+        raise CohortError('The centers look like patients, so they cannot be used for a split; '
+                          'map another column to center_id.')
+    return hide(_split(reveal(cohort, identities), plan), identities)
 
 # %% ../nbs/220_preparation.ipynb #e72b0dc4
 def save_prepared(
@@ -117,7 +131,7 @@ def save_prepared(
     cohort:pd.DataFrame,                # Usable images, split if they are labeled
     bad:pd.DataFrame,                   # Quarantined images
     identities:pd.DataFrame|None,       # Who they are, of a user's own images
-    preprocessing:Preprocessing,        # What was done to the pixels
+    preprocessing:Preprocessing,        # How the pixels were made
 )->None:
     "Write what later steps need"
     folder = Path(folder)
@@ -127,13 +141,15 @@ def save_prepared(
     if 'split' in cohort: write_splits(folder/'splits', cohort)
     write_json(folder/'preprocessing.json', preprocessing.to_dict())
 
+# %% ../nbs/220_preparation.ipynb #13746270
 def load_prepared(
     folder,     # Written by `save_prepared`
 ):              # The cohort, with its split if it is labeled, and the `Preprocessing`
     "What prepare left"
     folder = Path(folder)
     if not (folder/'preprocessing.json').is_file():
-        raise StripError(f'There is no prepared cohort in {folder}; `clot run prepare` with the same parameters makes it again.')
+        raise StripError(f'There is no prepared cohort in {folder}; '
+                         '`clot run prepare` with the same parameters makes it again.')
     cohort = load_cohort(folder/'cohort.csv')
     if 'split' in cohort: cohort = read_splits(folder/'splits', cohort.drop(columns='split'))
     return cohort, Preprocessing.from_dict(read_json(folder/'preprocessing.json'))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['columns_needed', 'columns_optional', 'split_names', 'largest_csv', 'CohortError', 'CohortWarning',
-           'attribute_columns', 'cohort_readings', 'patient_table', 'centers_look_like_patients', 'check_cohort',
-           'cohort_from_frame', 'cohort_from_csv', 'cohort_from_folder', 'save_cohort', 'load_cohort', 'read_cohort',
-           'load_salt', 'identity_table', 'hide', 'reveal']
+           'attribute_columns', 'cohort_readings', 'patient_table', 'check_split_names', 'centers_look_like_patients',
+           'check_cohort', 'cohort_from_frame', 'cohort_from_csv', 'cohort_from_folder', 'save_cohort', 'load_cohort',
+           'read_cohort', 'load_salt', 'identity_table', 'hide', 'reveal']
 
 # %% ../../nbs/140_data.cohort.ipynb #0de7ee15
 import csv, io, os, secrets, unicodedata, warnings
@@ -42,7 +42,7 @@ def attribute_columns(
 
 # %% ../../nbs/140_data.cohort.ipynb #7f60b148
 def _column_hint(name, columns, expected=columns_needed):
-    "The clause that suggests a column name; quotes none if no column has an expected name, as then the first line may hold data"
+    "The clause that suggests a column name; without an expected one, the first line may hold data: nothing is quoted"
     columns = [str(c) for c in columns]
     if not set(columns) & set(expected): return '; the first line of a table must name the columns.'
     return nearest(name, [c for c in columns if c not in columns_needed])
@@ -53,7 +53,8 @@ def _check_repeated(columns):
     for i,c in enumerate(columns):
         if c not in columns[:i]: continue
         known = f' ({c!r})' if c in columns_needed else ''
-        raise CohortError(f'Columns {columns.index(c) + 1} and {i + 1} have the same name{known}; rename one or remove it.')
+        first = columns.index(c) + 1
+        raise CohortError(f'Columns {first} and {i + 1} have the same name{known}; rename one or remove it.')
 
 # %% ../../nbs/140_data.cohort.ipynb #ae442db7
 def _gaps(column):
@@ -69,13 +70,14 @@ def _text(cohort, name):
     floats = [pd.api.types.is_float(v) for v in cohort[name]]
     if any(floats):
         raise CohortError(f'{name} holds floating-point numbers, first in row {floats.index(True)}, '
-                          'which may have lost zeros and digits; read ids as text, as with pandas.read_csv(..., dtype=str).')
+                          'which may have lost zeros and digits; read ids as text, '
+                          'as with pandas.read_csv(..., dtype=str).')
     return cohort[name].astype(str).astype(object)
 
 def _rows(marked):
     "Such as '3 rows, the first is row 7, have'; `marked` (N,) bool"
-    if marked.sum() == 1: return f'Row {marked.argmax()} has'
-    return f'{marked.sum()} rows, the first is row {marked.argmax()}, have'
+    count,first = marked.sum(), marked.argmax()
+    return f'Row {first} has' if count == 1 else f'{plural(count, "row")}, the first is row {first}, have'
 
 # %% ../../nbs/140_data.cohort.ipynb #fd85616b
 def _text_columns(cohort, labeled):
@@ -128,10 +130,19 @@ def cohort_readings(
     return [replace(reading, **{k: v for k,v in row.items() if v is not None}) for row in rows]
 
 # %% ../../nbs/140_data.cohort.ipynb #48caaff2
+def _check_labels(cohort):
+    "A `CohortError` for a patient with two labels"
+    if 'label' not in cohort: return
+    mixed = cohort.groupby('patient_id').label.transform('nunique').to_numpy() > 1
+    if not mixed.any(): return
+    count = cohort.patient_id[mixed].nunique()
+    raise CohortError(f'{plural(count, "patient")} with images under two labels, '
+                      f'the first at row {mixed.argmax()}; a patient has one label.')
+
 def patient_table(
     cohort:pd.DataFrame, # One row per image: patient_id, center_id, and label if known
-)->pd.DataFrame:         # One row per patient, by patient_id: patient_id, label if known, center_id (the one with most images), n_images
-    "The patients of a cohort; a `CohortError` for gaps or a patient with two labels"
+)->pd.DataFrame:         # Sorted by patient_id: patient_id, label if known, center_id (that of most images), n_images
+    "The patients of a cohort, one row each; a `CohortError` for gaps or a patient with two labels"
     names = ['patient_id'] + ['label']*('label' in cohort) + ['center_id']
     for c in names:
         if c not in cohort: raise CohortError(f'The cohort has no column {c!r}{_column_hint(c, cohort)}')
@@ -139,30 +150,31 @@ def patient_table(
     text = pd.DataFrame({c: _text(cohort, c) for c in names})
     _check_labels(text)
     count = text.groupby(names, as_index=False).size()
-    most = count.sort_values(['patient_id', 'size', 'center_id'], ascending=[True, False, True]).drop_duplicates('patient_id')
+    count = count.sort_values(['patient_id', 'size', 'center_id'], ascending=[True, False, True])
+    most = count.drop_duplicates('patient_id')
     images = text.groupby('patient_id').size()
     return most[names].assign(n_images=images.loc[most.patient_id].to_numpy()).reset_index(drop=True)
 
-def _check_labels(cohort):
-    "A `CohortError` for a patient with two labels"
-    if 'label' not in cohort: return
-    mixed = cohort.groupby('patient_id').label.transform('nunique').to_numpy() > 1
-    if mixed.any():
-        count = cohort.patient_id[mixed].nunique()
-        raise CohortError(f'{plural(count, "patient")} with images under two labels, the first at row {mixed.argmax()}; '
-                          'a patient has one label.')
-
 # %% ../../nbs/140_data.cohort.ipynb #86cbf8c1
+def check_split_names(
+    cohort:pd.DataFrame,    # One row per image: split
+)->None:
+    "A `CohortError` if an image is in no split, or in one of another name"
+    bad = ~cohort.split.isin(split_names).to_numpy()
+    if not bad.any(): return
+    names = ', '.join(split_names)
+    raise CohortError(f'{_rows(bad)} no valid split; a split is one of {names}. Split the cohort again.')
+
 def _check_split(cohort):
     "A `CohortError` unless every image has a split, no patient is in two, and each split has patients"
-    if 'split' not in cohort: raise CohortError('The cohort has no column split; make one with split_patients or read_splits.')
-    bad = ~cohort.split.isin(split_names).to_numpy()
-    if bad.any():
-        raise CohortError(f'{_rows(bad)} no valid split; a split is one of {", ".join(split_names)}. Split the cohort again.')
+    if 'split' not in cohort:
+        raise CohortError('The cohort has no column split; make one with split_patients or read_splits.')
+    check_split_names(cohort)
     shared = cohort.groupby('patient_id').split.transform('nunique').to_numpy() > 1
     if shared.any():
         count = cohort.patient_id[shared].nunique()
-        raise CohortError(f'{plural(count, "patient")} in more than one split, the first at row {shared.argmax()}; split by patient.')
+        raise CohortError(f'{plural(count, "patient")} in more than one split, '
+                          f'the first at row {shared.argmax()}; split by patient.')
     empty = [s for s in split_names if s not in set(cohort.split)]
     if empty: raise CohortError(f'The split {" and ".join(empty)} has no patients; a split needs train, val and test.')
 
@@ -181,17 +193,21 @@ def _near_values(column, capitals):
     alike = values.str.strip().str.casefold() if capitals else values.str.strip()
     return values.index[alike.duplicated()]
 
+# %% ../../nbs/140_data.cohort.ipynb #11ac532b
 def _unusual(cohort):
     "Sentences about what is unusual in a valid cohort"
     centers = cohort.groupby('patient_id').center_id.nunique()
     if (two := (centers > 1).sum()):
         yield f'{plural(two, "patient")} with images from two centers; splits use the center with most of their images.'
     if centers_look_like_patients(cohort):
-        yield ('More than half of the centers have one patient. If center_id holds patients or their names, map another column; '
+        yield ('More than half of the centers have one patient. '
+               'If center_id holds patients or their names, map another column; '
                'centers appear as numbers in everything that leaves the data folder.')
     for c in ('patient_id', 'label', 'center_id'):
         if c in cohort and len(near := _near_values(cohort[c], c != 'patient_id')):
-            yield f'{plural(len(near), "value")} of {c} like another but for spaces or capitals, the first at row {near[0]}; they count as two.'
+            differ = 'differs' if len(near) == 1 else 'differ'
+            yield (f'{plural(len(near), "value")} of {c} {differ} from another by spaces or capitals only, '
+                   f'the first at row {near[0]}; they count as different.')
 
 # %% ../../nbs/140_data.cohort.ipynb #361dbd72
 def check_cohort(
@@ -206,8 +222,8 @@ def check_cohort(
     _check_labels(out)
     double = out.image_id.duplicated()
     if double.any():
-        raise CohortError(f'{plural(double.sum(), "image id")} used more than once, the first again at row {double.argmax()}; '
-                          'an image_id identifies one image.')
+        raise CohortError(f'{plural(double.sum(), "image id")} used more than once, '
+                          f'the first again at row {double.argmax()}; an image_id identifies one image.')
     if split: _check_split(out)
     for sentence in _unusual(out): _warn(sentence)
     first = [c for c in columns_needed if c in out]
@@ -215,10 +231,12 @@ def check_cohort(
 
 # %% ../../nbs/140_data.cohort.ipynb #61941833
 def _rename(table, columns):
-    "`table` with our column names, by a mapping ours -> theirs; a column of ours that is mapped replaces what had its name"
+    "`table` with our column names, by a mapping ours -> theirs; a mapped column replaces what had its name"
     _check_repeated(table.columns)
+    expected = [*columns_needed, *columns.values()]
     for ours,theirs in columns.items():
-        if theirs not in table: raise CohortError(f'There is no column {theirs!r} (for {ours}){_column_hint(theirs, table, [*columns_needed, *columns.values()])}')
+        if theirs in table: continue
+        raise CohortError(f'There is no column {theirs!r} (for {ours}){_column_hint(theirs, table, expected)}')
     replaced = [c for c in table if c in columns or c in columns.values() and c not in columns_needed]
     return table.drop(columns=replaced).assign(**{ours: table[theirs] for ours,theirs in columns.items()})
 
@@ -238,8 +256,8 @@ def cohort_from_frame(
     if 'center_id' not in frame: frame = frame.assign(center_id='unknown')
     if 'path' in frame: frame = frame.assign(path=[_absolute(p, root) for p in frame.path])
     if 'label' not in frame:
-        _warn(f'The table has no column label{_column_hint("label", frame)} Without labels, images can be prepared and predicted, '
-              'but no model can be trained or evaluated.')
+        _warn(f'The table has no column label{_column_hint("label", frame)} Without labels, '
+              'images can be prepared and predicted, but no model can be trained or evaluated.')
     return check_cohort(frame, labeled=False)
 
 # %% ../../nbs/140_data.cohort.ipynb #9149455b
@@ -249,12 +267,15 @@ def _csv_text(path):
     "The text of a CSV file; a `CohortError` if it is no regular file, too large, or no text"
     path = Path(path)
     if not path.exists(): raise CohortError(f'{path} does not exist.')
-    if not path.is_file(): raise CohortError(f'{path} is not a regular file; give a CSV file or a folder LABEL/patient/image.')
-    if path.stat().st_size > largest_csv: raise CohortError(f'{path} is larger than {largest_csv >> 20} MiB; a cohort is a table with one row per image.')
+    if not path.is_file():
+        raise CohortError(f'{path} is not a regular file; give a CSV file or a folder LABEL/patient/image.')
+    if path.stat().st_size > largest_csv:
+        raise CohortError(f'{path} is larger than {largest_csv >> 20} MiB; a cohort is a table with one row per image.')
     try:
         with open(path, encoding='utf-8-sig', newline='') as f: text = f.read()
     except (OSError, UnicodeDecodeError) as e:
-        raise CohortError(f'{path} cannot be read as CSV ({type(e).__name__}); save it as UTF-8 with one header line.') from None
+        kind = type(e).__name__
+        raise CohortError(f'{path} cannot be read as CSV ({kind}); save it as UTF-8 with one header line.') from None
     if '\0' in text:
         line = text[:text.index('\0')].count('\n') + 1
         raise CohortError(f'{path} has a NUL byte in line {line}, so it is not a text file; save it as CSV in UTF-8.')
@@ -274,27 +295,30 @@ def _csv_lines(path):
     if len(found) == 1: raise CohortError(f'{path} has one line, the header, and no images.')
     return found
 
+# %% ../../nbs/140_data.cohort.ipynb #dcddde07
 def _read_csv(path):
     "The table in a CSV, every cell as text"
     (_,header),*lines = _csv_lines(path)
     names = [unquote_formula(c.strip()) or f'unnamed {i}' for i,c in enumerate(header)]
     _check_repeated(names)
     for number,cells in lines:
-        if len(cells) != len(names):
-            raise CohortError(f'{path} has {plural(len(cells), "cell")} in line {number} and {len(names)} in the header; '
-                              'put quotes around a cell that holds a separator, and give every line the same number of cells.')
+        if len(cells) == len(names): continue
+        raise CohortError(f'{path} has {plural(len(cells), "cell")} in line {number} and {len(names)} in the header; '
+                          'put quotes around a cell that holds a separator, '
+                          'and give every line the same number of cells.')
     cells = [[unquote_formula(c) for c in line] for _,line in lines]
     return pd.DataFrame(cells, columns=names, dtype=object)
 
 # %% ../../nbs/140_data.cohort.ipynb #0066934e
 def _files(folder, top=None, above=()):
-    "Everything below a folder that is no folder, broken links included, nothing hidden; linked folders are entered unless they lead back up"
+    "All files and broken links below a folder, none hidden; linked folders are entered unless they lead back up"
     top = top or folder
     here = os.path.realpath(folder)
     if here in above: return
     try: names = sorted(os.listdir(folder))
     except OSError as e:
-        raise CohortError(f'A folder in {top} cannot be listed ({type(e).__name__}); find it with `find {top} -type d ! -readable`, '
+        raise CohortError(f'A folder in {top} cannot be listed ({type(e).__name__}); '
+                          f'find it with `find {top} -type d ! -readable`, '
                           'then ask for the right to read it, or move it out of the data.') from None
     for path in (Path(folder)/n for n in names if not n.startswith('.')):
         if os.path.isdir(path): yield from _files(path, top, (*above, here))
@@ -315,12 +339,13 @@ def _files_by_name(folder):
     files = {}
     for f in _files(folder):
         inside = f.relative_to(folder).as_posix()
-        for name in {_composed(n) for n in (f.name, _stem(f.name), inside, _stem(inside))}: files.setdefault(name, []).append(f)
+        names = {_composed(n) for n in (f.name, _stem(f.name), inside, _stem(inside))}
+        for name in names: files.setdefault(name, []).append(f)
     return files
 
 # %% ../../nbs/140_data.cohort.ipynb #a0ce6e8a
 def _find_images(ids, folders):
-    "The path of each id's image in the first folder that has any, a path that does not exist for an id without one; None if no folder has any"
+    "The path of each id's image, whether or not it exists, in the first folder that has any; None if no folder has any"
     for row,i in enumerate(ids):
         if '..' in Path(i).parts or Path(i).is_absolute():
             raise CohortError(f'The image_id of row {row} leads out of the folder of the images; add a column path.')
@@ -330,7 +355,8 @@ def _find_images(ids, folders):
         if not any(found): continue
         for row,fits in enumerate(found):
             if len(fits) > 1:
-                raise CohortError(f'The image_id of row {row} fits {len(fits)} files in {folder}; add a column path that says which.')
+                raise CohortError(f'The image_id of row {row} fits {plural(len(fits), "file")} in {folder}; '
+                                  'add a column path that says which.')
         return [os.path.abspath(fits[0] if fits else folder/i) for i,fits in zip(ids, found)]
 
 # %% ../../nbs/140_data.cohort.ipynb #9223c478
@@ -357,13 +383,14 @@ def cohort_from_csv(
     images=None,            # Folder with the images; None looks in the folder called like the CSV, then beside it
     columns:dict|None=None, # Our column name -> theirs, where they differ
 )->pd.DataFrame:            # A cohort; unlabeled if there is no label
-    "A cohort from a CSV (comma, semicolon or tab) and the images beside it; a `CohortError` if they do not fit together"
+    "A cohort from a CSV (comma, semicolon or tab) and the images beside it; a `CohortError` if they do not fit"
     csv = Path(csv)
     frame = _rename(_read_csv(csv), columns or {})
     given = 'path' in frame
     cohort = cohort_from_frame(frame if given else _with_paths(frame, csv, images), root=csv.parent)
     if given and (count := _outside(cohort.path, csv.parent)):
-        _warn(f'{plural(count, "path")} of {len(cohort)} in {csv.name} outside its folder; check that these are the images you mean.')
+        _warn(f'{plural(count, "path")} of {len(cohort)} in {csv.name} outside its folder; '
+              'check that these are the images you mean.')
     return cohort
 
 # %% ../../nbs/140_data.cohort.ipynb #f05b8255
@@ -373,15 +400,17 @@ def _images_in(folder):
     deep = {f: len(f.relative_to(folder).parts) >= 3 for f in found}
     broken = [f for f in found if not deep[f] and not f.suffix and not f.exists()]
     if broken:
-        raise CohortError(f'{plural(len(broken), "broken link")} in {folder} in place of the folder of a label or a patient; '
+        raise CohortError(f'{plural(len(broken), "broken link")} in {folder} '
+                          'in place of the folder of a label or a patient; '
                           f'find them with `find {folder} -xtype l`, then repair or remove them.')
     files = sorted(f for f in found if is_image_file(f) or not f.suffix and deep[f])
     shallow = sum(not deep[f] for f in files)
     if shallow:
-        raise CohortError(f'{shallow} of {len(files)} images in {folder} without a folder of a patient; '
+        raise CohortError(f'{shallow} of {plural(len(files), "image")} in {folder} without a folder of a patient; '
                           'the layout is LABEL/patient/image.')
     if not files:
-        raise CohortError(f'No images in {folder}; the layout is LABEL/patient/image, and the endings are {", ".join(image_suffixes)}.')
+        endings = ', '.join(image_suffixes)
+        raise CohortError(f'No images in {folder}; the layout is LABEL/patient/image, and the endings are {endings}.')
     return files
 
 # %% ../../nbs/140_data.cohort.ipynb #a22b91c0
@@ -438,8 +467,9 @@ def load_salt(
     path = Path(folder)/'pseudonym.key'
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), 'w') as f: f.write(secrets.token_hex(16))
-    except FileExistsError: pass                                            # created before, or by another process just now
+        new = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with open(new, 'w') as f: f.write(secrets.token_hex(16))
+    except FileExistsError: pass                    # created before, or by another process just now
     salt = path.read_text().strip()
     if len(salt) != 32:
         raise CohortError(f'{path} holds no key; restore the one that was there, '
@@ -450,11 +480,12 @@ def load_salt(
 def identity_table(
     cohort:pd.DataFrame,    # A cohort
     salt:str,               # The key, such as `load_salt` returns
-)->pd.DataFrame:            # image_id, patient_id, center_id as they appear outside the data folder, and original_image_id, original_patient_id, original_center_id
+)->pd.DataFrame:            # image_id, patient_id, center_id as pseudonyms, and each as original_image_id and so on
     "The pseudonyms of a cohort's images and patients, the same for the same key"
     def hashed(kind, ids): return [f'{kind}-{content_hash(salt, kind, i)[:10]}' for i in ids]
     names = ['image_id', 'patient_id', 'center_id']
-    table = pd.DataFrame(dict(image_id=hashed('I', cohort.image_id), patient_id=hashed('P', cohort.patient_id), center_id=_center_names(cohort, salt)))
+    table = pd.DataFrame(dict(image_id=hashed('I', cohort.image_id), patient_id=hashed('P', cohort.patient_id),
+                              center_id=_center_names(cohort, salt)))
     if table.image_id.duplicated().any() or table.patient_id.nunique() != cohort.patient_id.nunique():
         raise CohortError('Two ids got the same pseudonym; delete pseudonym.key in the data folder to get another key.')
     return table.assign(**{f'original_{n}': cohort[n].to_numpy() for n in names})
@@ -473,7 +504,8 @@ def _exchanged(cohort, identities, known, wanted):
     table = identities.set_index(f'{known}image_id', drop=False)
     missing = (~cohort.image_id.isin(table.index)).sum()
     if missing:
-        raise CohortError(f'{plural(missing, "image")} of the cohort not in the table of identities; use the one of this cohort.')
+        raise CohortError(f'{plural(missing, "image")} of the cohort not in the table of identities; '
+                          'use the one of this cohort.')
     rows = table.loc[cohort.image_id]
     return cohort.assign(**{n: pd.Series(rows[f'{wanted}{n}'].tolist(), cohort.index, object) for n in names})
 

@@ -6,14 +6,26 @@
 __all__ = ['CohortImages', 'make_loader']
 
 # %% ../../nbs/190_data.loading.ipynb #5804da86
+from functools import partial
+
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core import StripError, derive_seed, nearest
 from .augment import Policy
 from .cache import Cache
+from .cohort import check_split_names
 
 # %% ../../nbs/190_data.loading.ipynb #e61db7ff
+def _check_loaded(cohort, classes):
+    "A `StripError` for no images, rows in no split, or labels beyond the classes"
+    if not len(cohort): raise StripError('A loader was asked for a cohort without images; look at the split.')
+    if 'split' in cohort: check_split_names(cohort)
+    if strange := sorted(set(cohort.label) - set(classes)):
+        raise StripError(f'The label {strange[0]!r} is not one of the classes{nearest(strange[0], classes)}')
+
+# %% ../../nbs/190_data.loading.ipynb #80b2da0d
 class CohortImages:
     "The images of a cohort, from its cache, augmented by a policy"
     def __init__(self,
@@ -23,66 +35,81 @@ class CohortImages:
         policy:Policy|None=None,    # Augmentation; None for none
         seed:int=0,                 # With epoch, row and repeat, the seed of each augmentation
     ):
-        if not len(cohort): raise StripError('A loader was asked for a cohort without images; look at the split.')
-        if 'split' in cohort and cohort.split.isna().any():
-            raise StripError(f'{cohort.split.isna().sum()} images are in no split; split the cohort anew.')
-        strange = set(cohort.label) - set(classes)
-        if strange: raise StripError(f'The label {min(strange)!r} is not one of the classes{nearest(min(strange), classes)}')
-        self.cache,self.policy,self.seed = cache,policy,seed
+        _check_loaded(cohort, classes)
+        self.cache = cache
+        self.policy = policy
+        self.seed = seed
         self.rows = cache.rows(cohort.image_id)
         self.targets = np.array([classes.index(l) for l in cohort.label])
         self.patients = cohort.patient_id.to_numpy()
     def __len__(self): return len(self.rows)
 
-    def __getitems__(self,
-        items,      # (row, epoch, repeat) of each image: repeat counts how often the row came before in this epoch
-    ):              # image (B, 3, S, S) uint8 in channels-last order, target (B,), row (B,)
-        "One batch"
-        import torch
-        images = self.cache.images
-        batch = np.empty((len(items), *images.shape[1:]), np.uint8)
-        for k,(row,epoch,repeat) in enumerate(items):
-            image = images[self.rows[row]]
-            batch[k] = self.policy(np.ascontiguousarray(image), derive_seed(self.seed, 'augment', epoch, int(row), repeat)) if self.policy else image
-        at = np.array([row for row,*_ in items])
-        return dict(image=torch.from_numpy(batch).permute(0, 3, 1, 2), target=torch.from_numpy(self.targets[at]), row=torch.from_numpy(at))
-
 # %% ../../nbs/190_data.loading.ipynb #5803bf52
+@patch
+def picture(self:CohortImages,
+    row:int,    # Row of the cohort
+    epoch:int,  # Epoch of the training, from 0
+    repeat:int, # How often the row came before in this epoch
+)->np.ndarray:  # (S, S, 3) uint8
+    "One picture, augmented"
+    image = self.cache.images[self.rows[row]]
+    if not self.policy: return image
+    return self.policy(np.ascontiguousarray(image), derive_seed(self.seed, 'augment', epoch, int(row), repeat))
+
+@patch
+def __getitems__(self:CohortImages,
+    items,      # (row, epoch, repeat) of each image, see `picture`
+):              # image (B, 3, S, S) uint8 in channels-last order, target (B,), row (B,)
+    "One batch"
+    import torch
+    batch = np.empty((len(items), *self.cache.images.shape[1:]), np.uint8)
+    for k,item in enumerate(items): batch[k] = self.picture(*item)
+    at = np.array([row for row,*_ in items])
+    image = torch.from_numpy(batch).permute(0, 3, 1, 2)
+    return dict(image=image, target=torch.from_numpy(self.targets[at]), row=torch.from_numpy(at))
+
+# %% ../../nbs/190_data.loading.ipynb #3432bd1f
 class _Batches:
     "The (row, epoch, repeat) items of each batch of an epoch"
     def __init__(self, images, batch_size, train, balance, seed):
-        self.images,self.batch_size,self.train,self.balance,self.seed,self.epoch = images,batch_size,train,balance,seed,0
+        self.images = images
+        self.batch_size = batch_size
+        self.train = train
+        self.balance = balance
+        self.seed = seed
+        self.epoch = 0
     def __len__(self): return -(-len(self.images)//self.batch_size)
-    def order(self):
-        n = len(self.images)
-        if not self.train: return np.arange(n)
-        rng = np.random.default_rng(derive_seed(self.seed, 'order', self.epoch))
-        if not self.balance: return rng.permutation(n)
-        group = self.images.targets if self.balance == 'class' else pd.factorize(self.images.patients)[0]
-        share = 1/np.bincount(group)[group]
-        return rng.choice(n, n, p=share/share.sum())
     def __iter__(self):
         order = self.order()
         repeat = pd.Series(order).groupby(order).cumcount()
         items = [(int(r), self.epoch, int(k)) for r,k in zip(order, repeat)]
         for i in range(0, len(items), self.batch_size): yield items[i:i+self.batch_size]
 
-def _worker(seed):
-    "What a worker process does first: one thread, and seeds of its own"
-    import functools
-    return functools.partial(_start_worker, seed)
+@patch
+def order(self:_Batches):
+    "The rows of an epoch, in order"
+    n = len(self.images)
+    if not self.train: return np.arange(n)
+    rng = np.random.default_rng(derive_seed(self.seed, 'order', self.epoch))
+    if not self.balance: return rng.permutation(n)
+    group = self.images.targets if self.balance == 'class' else pd.factorize(self.images.patients)[0]
+    share = 1/np.bincount(group)[group]
+    return rng.choice(n, n, p=share/share.sum())
 
+# %% ../../nbs/190_data.loading.ipynb #09cadf78
 def _start_worker(seed, worker):
+    "What a worker process does first"
     import random, cv2
     cv2.setNumThreads(0)
-    random.seed(derive_seed(seed, 'worker', worker)); np.random.seed(derive_seed(seed, 'numpy worker', worker))
+    random.seed(derive_seed(seed, 'worker', worker))
+    np.random.seed(derive_seed(seed, 'numpy worker', worker))
 
-# %% ../../nbs/190_data.loading.ipynb #0cf3af28
+# %% ../../nbs/190_data.loading.ipynb #1d3aac0f
 def _same(batch): return batch
 
 def make_loader(
     images:CohortImages,    # What to load
-    batch_size:int=32,      # Images a batch; the last of an epoch may be smaller
+    batch_size:int=32,      # Images per batch; the last of an epoch may be smaller
     train:bool=True,        # A new order each epoch; False keeps the cohort's
     balance:str|None=None,  # For training: None, 'class' or 'patient' to draw each equally often
     workers:int=0,          # Processes beside this one
@@ -94,7 +121,8 @@ def make_loader(
     if batch_size < 1: raise StripError(f'batch_size={batch_size} must be at least 1.')
     from torch.utils.data import DataLoader
     batches = _Batches(images, batch_size, train, balance or None, seed)
-    loader = DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=_same, worker_init_fn=_worker(seed), persistent_workers=workers > 0)
+    loader = DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=_same,
+                        worker_init_fn=partial(_start_worker, seed), persistent_workers=workers > 0)
     def set_epoch(epoch): batches.epoch = epoch
     loader.set_epoch = set_epoch
     return loader
