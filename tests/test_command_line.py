@@ -1,18 +1,27 @@
-"The command line as a user has it: whole runs in processes of their own, wrong parameters, failures, a killed training"
-import fcntl, json, os, re, shutil, signal, subprocess, sys, time
+"The command line as a user has it: whole runs in processes of their own, wrong input, failures, a stopped training"
+import fcntl, json, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from strip_notebooks.bundle import load_bundle
+from strip_notebooks.cli import main
+from strip_notebooks.data.formats import write_image
 from strip_notebooks.runs import Run, list_runs
-from strip_notebooks.predictions import load_predictions
 
-CLOT = [str(Path(sys.executable).parent/'clot')]
-SMALL = ['--patients', '60', '--size', '48', '--epochs', '2']
+CLOT = str(Path(sys.executable).parent/'clot')
+SMALL = ['--patients', '60', '--size', '48', '--epochs', '2', '-p', 'train.batch_size=16', '-p', 'prepare.source_size=64', '-p', 'evaluate.resamples=200']
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 def clot(*words, cwd, **kwargs):
     "A finished `clot` process"
-    return subprocess.run([*CLOT, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **kwargs)
+    options = dict(cwd=cwd, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    return subprocess.run([CLOT, *map(str, words)], **{**options, **kwargs})
+
+def newest(folder, step):
+    "The newest run of a step in a folder of runs"
+    return Run(max(Path(folder).glob(f'*-{step}-*'), key=lambda p: (Run(p).status.started, p.name)))
 
 @pytest.fixture(scope='session')
 def demo(tmp_path_factory, worker_id):
@@ -28,106 +37,268 @@ def demo(tmp_path_factory, worker_id):
             (folder/'said.txt').write_text(done.stdout)
     return folder, (folder/'said.txt').read_text()
 
+
+# The demo
+
 def test_demo_ends_with_a_table_and_a_report(demo):
     folder, said = demo
-    assert re.search(r'ROC AUC +[01]\.\d\d \([01]\.\d\d to [01]\.\d\d\)', said)
-    assert 'Next: open the report' in said and said.count('patient AUC for LAA is') == 1
-    report = folder/said.strip().splitlines()[-1].removeprefix('report: ')
-    page = report.read_text()
-    assert 'patient AUC for LAA' in page and page.count('src="data:image/png') >= 11
+    assert re.search(r'^ +ROC AUC +[01]\.\d\d \([01]\.\d\d–[01]\.\d\d\)', said, flags=re.MULTILINE)
+    last = said[said.index('Next: open the report'):]
+    assert len(re.findall(r'^Patient AUC [01]\.\d\d \(95 % CI', last, flags=re.MULTILINE)) == 1
+    page = Path(folder, said.strip().splitlines()[-1].removeprefix('report: ')).read_text()
+    assert 'AUC' in page and page.count('src="data:image/png') >= 11
     assert 'src="http' not in page and 'href="http' not in page             # nothing is fetched
     runs = list_runs(folder/'runs')
-    assert runs['name'].tolist() == ['prepare', 'train', 'evaluate', 'report'] and set(runs.state) == {'finished'}
+    assert runs.step.tolist() == ['prepare', 'train', 'evaluate', 'report'] and set(runs.state) == {'finished'}
+
+def test_demo_passes_parameters_to_their_steps(demo):
+    folder, _ = demo
+    given = {step: newest(folder/'runs', step).parameters for step in ('prepare', 'train', 'evaluate')}
+    assert (given['prepare']['patients'], given['prepare']['source_size']) == (60, 64)
+    assert (given['train']['epochs'], given['train']['batch_size'], given['evaluate']['resamples']) == (2, 16, 200)
+    assert given['train']['prepare_run'] == newest(folder/'runs', 'prepare').name
 
 def test_runs_keep_what_explains_them(demo):
     folder, _ = demo
-    for path in (folder/'runs').iterdir():
-        for name in ('notebook.ipynb', 'parameters.json', 'environment.json', 'status.json', 'metrics.json', 'log.txt'): assert (path/name).is_file(), f'{path.name} has no {name}'
-        environment = json.loads((path/'environment.json').read_text())
-        assert environment['packages']['torch'] and environment['commit'] and environment['python']
+    for run in map(Run, sorted((folder/'runs').iterdir())):
+        assert run.notebook.is_file() and run.metrics and run.parameters and (run.path/'log.txt').is_file()
+        made_with = run.environment
+        assert made_with['packages']['torch'] and made_with['commit'] and made_with['python'] and made_with['threads'] == 1
+
+def test_runs_say_what_they_build_on(demo):
+    folder, _ = demo
+    report = newest(folder/'runs', 'report')
+    assert [report.origin(step).name for step in ('evaluate', 'train', 'prepare')] == [newest(folder/'runs', s).name for s in ('evaluate', 'train', 'prepare')]
 
 def test_training_and_test_patients_are_disjoint(demo):
-    folder, _ = demo
-    train = next(Run(p) for p in (folder/'runs').glob('*-train-*'))
-    predictions = load_predictions(train.path/'tables'/'predictions.csv')
+    predictions = newest(demo[0]/'runs', 'train').predictions
     patients = {s: set(predictions.patient_id[predictions.split == s]) for s in ('train', 'val', 'test')}
     assert not patients['train'] & patients['test'] and not patients['train'] & patients['val'] and all(patients.values())
 
+
+# Lists and help
+
 def test_runs_command_lists_and_compares(demo):
     folder, _ = demo
-    assert clot('runs', cwd=folder).stdout.count('finished') == 4
-    train = next((folder/'runs').glob('*-train-*')).name
-    reader = subprocess.run(f'"{CLOT[0]}" runs | true', shell=True, cwd=folder, capture_output=True, text=True)      # one that hears nothing
-    assert reader.stderr == ''
-    assert re.search(rf'^{train} +finished +validation AUC [01]\.\d\d$', clot('runs', cwd=folder).stdout, flags=re.MULTILINE)
+    listed = clot('runs', cwd=folder).stdout
+    train = newest(folder/'runs', 'train').name
+    assert re.search(rf'^{train} +finished +validation AUC [01]\.\d\d$', listed, flags=re.MULTILINE)
+    assert re.search(r'-evaluate-\w+ +finished +test AUC [01]\.\d\d \(95 % CI', listed)
     said = clot('runs', train, train, cwd=folder)
-    assert 'not distinguishable' in said.stdout, said.stderr
+    assert said.returncode == 0 and 'not distinguishable' in said.stdout, said.stderr
 
-@pytest.mark.parametrize('words, sentence', [
-    (['run', 'trian'], "did you mean 'train'?"),
-    (['run', 'train', '-p', 'epoch=3'], "did you mean 'epochs'?"),
-    (['run', 'train', '-p', 'epochs=many'], "epochs='many' is not an int"),
-    (['run', 'train', '-p', 'epochs'], 'name=value'),
-    (['run', 'train', '-f', 'none.yaml'], 'none.yaml does not exist'),
-    (['demo', '--data', 'nowhere'], 'nowhere does not exist'),
-    (['demo', '--runs', '/dev/null'], '/dev/null'),
-    (['run', '--resume', 'nothing'], 'not a run')])
-def test_wrong_words_are_refused_before_anything_runs(tmp_path, words, sentence):
-    done = clot(*words, cwd=tmp_path)
-    assert done.returncode == 2 and sentence in done.stderr and 'Traceback' not in done.stderr
-    assert not (tmp_path/'runs').exists()
+def test_a_reader_that_has_enough_is_no_error(demo):
+    reader = subprocess.run(f'"{CLOT}" runs | true', shell=True, cwd=demo[0], capture_output=True, text=True)
+    assert reader.stderr == ''
+
+@pytest.mark.parametrize('words, needed', [
+    ([], 'COMMAND'),
+    (['--help'], 'demo'),
+    (['demo', '--help'], 'FOLDER_OR_CSV'),
+    (['runs', '--help'], 'compare'),
+    (['run', '--help'], 'NAME=VALUE'),
+    (['run', '--list'], 'prepare, report, train'),
+    (['run'], 'derive'),
+    (['run', 'train', '--help'], 'lr  (float, above 0, default 0.002)'),
+    (['run', 'derive', '--help'], 'temperature  (float, above 0 to below 1000, default 1.0)'),
+    (['run', 'evaluate', '--help'], 'resamples  (int, 100 to 100000, default 2000)')])
+def test_help_helps(words, needed, capsys):
+    try: main(words)
+    except SystemExit as e: assert not e.code
+    assert needed in capsys.readouterr().out
+
+def test_help_does_not_import_torch():
+    code = "import atexit, sys; from strip_notebooks.cli import main; atexit.register(lambda: print(sorted({'torch', 'scipy', 'matplotlib'} & set(sys.modules)))); main(sys.argv[1:])"
+    for words in (['--help'], ['demo', '--help'], ['run', '--help']):
+        done = subprocess.run([sys.executable, '-c', code, *words], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == '[]'
+
+
+# Wrong input: a sentence, exit code 2, and no run folder
+
+PARAMETERS = {'broken.yaml': 'epochs: [1', 'list.yaml': '- 1', 'nan.yaml': 'lr: .nan', 'inf.yaml': 'lr: .inf', 'date.yaml': 'arch: 2020-01-01',
+              'map.yaml': 'arch: {a: 1}', 'nul.yaml': 'prepare.data: "a\\0b"', 'folders.yaml': 'prepare.data: [a, b]', 'key.yaml': '? [1]\n: 2', 'true.yaml': 'epochs: true'}
+
+WRONG = {
+    'run trian': "did you mean 'train'?",
+    'run train -p epoch=3': "did you mean 'epochs'?",
+    'run train -p epochs=many': "epochs='many' is not an int",
+    'run train -p epochs': 'name=value',
+    'run train -p =3': 'name=value',
+    'run train -f none.yaml': "'none.yaml' is not a file",
+    'run train -f .': "'.' is not a file",
+    'run train -f broken.yaml': 'broken.yaml is not readable as YAML',
+    'run train -f list.yaml': 'name: value',
+    'run train -f key.yaml': 'key.yaml is not readable as YAML',
+    'run train -f nan.yaml': 'lr=nan',
+    'run train -f inf.yaml': 'lr=inf',
+    'run train -f date.yaml': 'is not a str',
+    'run train -f map.yaml': 'is not a str',
+    'run train -f true.yaml': 'epochs=True is not an int',
+    'run train -f bytes.yaml': 'bytes.yaml is not readable as YAML',
+    'run train -p seed=-1': 'seed=-1',
+    'run train -p seed=4294967296': 'seed=4294967296',
+    'run train -p epochs=0': 'epochs=0',
+    'run train -p epochs=1e3': "epochs='1e3' is not an int",
+    'run train -p lr=nan': 'lr=nan',
+    'run train -p lr=inf': 'lr=inf',
+    'run train -p lr=0': 'lr=0',
+    'run train -p lr=1e999': 'lr=inf',
+    'run train -p label_smoothing=1': 'label_smoothing=1.0',
+    'run train -p dropout=-0.1': 'dropout=-0.1',
+    'run train -p target=1.01': 'target=1.01',
+    'run train -p workers=100000': 'workers=100000 is more than 4 per CPU core',
+    'run train -p policy=lite': "did you mean 'light'?",
+    'run train -p trainable=some': "trainable='some'",
+    'run train -p arch=': "arch=''",
+    'run prepare -p size=8': 'size=8',
+    'run prepare -p patients=0': 'patients=0',
+    'run prepare -p val_ratio=nan': 'val_ratio=nan',
+    'run prepare -p val_ratio=1.5': 'val_ratio=1.5',
+    'run prepare -p val_ratio=.5 -p test_ratio=.5': 'leave no patient',
+    'run prepare -p train_centers=a': 'go together',
+    'run prepare -p window=1': 'window=[1.0]',
+    'run prepare -p window=400,0': 'window=[400.0, 0.0]',
+    'run prepare -p window=low,high': "window='low' is not a float",
+    'run prepare -p window=0,nan': 'window=nan',
+    'run prepare -p columns=patient_id': 'ours=theirs',
+    'run prepare -p slice=top': 'slice=',
+    'run prepare -p red_cell_shift=5': 'red_cell_shift=5.0',
+    'run derive -p temperature=0': 'temperature=0.0',
+    'run derive -p temperature=inf': 'temperature=inf',
+    'run derive -p rule=best': 'best',
+    'run evaluate -p resamples=1000000000': 'resamples=1000000000',
+    'run evaluate -p resamples=10': 'resamples=10',
+    'run evaluate -p threshold=nan': "no parameter 'threshold'",
+    'run report -p evaluate=x': "did you mean 'evaluate_run'?",
+    'run benchmark -p turns=0': 'turns=0',
+    'run --resume nothing': 'not a run',
+    'run --repeat nothing': 'not a run',
+    'run train --resume x': 'nothing beside it',
+    'run --resume x --repeat y': 'nothing beside it',
+    'runs --runs list.yaml': 'list.yaml is not a folder of runs',
+    'run train --runs list.yaml': 'list.yaml is not a folder of runs',
+    'demo --runs list.yaml': 'list.yaml is not a folder of runs',
+    'runs a b c': 'give two names',
+    'runs a b': 'not a run',
+    'demo --data nowhere': "'nowhere' does not exist",
+    'demo -f nul.yaml': 'does not exist',
+    'demo -f folders.yaml': 'is not a str',
+    'demo --data . --preset easy': '--preset is about the synthetic cohort',
+    'demo --columns a=b': 'with --data',
+    'demo --preset easier': "did you mean 'easy'",
+    'demo --seed -1': 'seed=-1',
+    'demo --arch resnet19': "did you mean 'resnet18'",
+    'demo -p lr=1': 'such as train.epochs=3',
+    'demo -p trian.lr=1': "did you mean 'train'?",
+    'demo -p train.prepare_run=x': 'leave it out',
+    'demo -p train.lr=nan': 'lr=nan',
+    'demo -p evaluate.resample=100': "did you mean 'resamples'?",
+    'demo -p report.x=1': "no parameter 'x'"}
+EMPTY = [(['run', ''], 'no experiment'), (['run', '--resume', ''], 'is empty'), (['run', '--resume', ' '], 'is empty'), (['run', '--repeat', ''], 'is empty'),
+         (['runs', '', ''], 'give two names'), (['demo', '--data', ''], "'' does not exist"), (['run', 'train', '-p', ''], 'name=value'), (['run', 'train', '-f', ''], "'' is not a file")]
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    "An empty workspace with some files of parameters, as the current folder"
+    for name, text in PARAMETERS.items(): (tmp_path/name).write_text(text)
+    (tmp_path/'bytes.yaml').write_bytes(b'arch: \xff\xfe\x00')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+@pytest.mark.parametrize('words, sentence', [*((words.split(), sentence) for words, sentence in WRONG.items()), *EMPTY], ids=lambda x: ' '.join(x) if isinstance(x, list) else '')
+def test_wrong_input_is_a_sentence_before_anything_runs(desk, capsys, words, sentence):
+    with pytest.raises(SystemExit) as ended: main(words)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith('clot: ') and sentence in said and said.count('\n') == 1, said
+    assert not (desk/'runs').exists() and not (desk/'data').exists()
+
+@pytest.mark.parametrize('words, sentence', [(['run', ''], 'no experiment'), (['run', '--resume', ''], 'is empty'), (['runs', '--runs', 'list.yaml'], 'not a folder'),
+                                             (['run', 'train', '-p', 'seed=-1'], 'seed=-1'), (['demo', '-p', 'train.lr=inf'], 'lr=inf')])
+def test_wrong_input_ends_a_process_with_code_2(desk, words, sentence):
+    done = clot(*words, cwd=desk)
+    assert done.returncode == 2 and sentence in done.stderr and 'Traceback' not in done.stderr and not (desk/'runs').exists()
+
+def test_a_folder_of_runs_that_cannot_be_made_is_a_sentence(tmp_path):
+    done = clot('run', 'prepare', '--runs', '/proc/runs', cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith('clot: /proc/runs') and 'Traceback' not in done.stderr
+
+
+# Failed and stopped runs
 
 def test_a_failed_run_keeps_its_notebook_and_says_why(tmp_path):
     done = clot('run', 'prepare', '-p', 'data=nowhere.csv', cwd=tmp_path)
     assert done.returncode == 2 and 'nowhere.csv does not exist' in done.stderr and 'Traceback' not in done.stderr
-    run = Run(next((tmp_path/'runs').iterdir()))
-    assert run.state == 'failed' and 'nowhere.csv' in run.status['error'] and (run.path/'log.txt').exists() is not None
-    cells = json.loads((run.path/'notebook.ipynb').read_text())['cells']
+    run = newest(tmp_path/'runs', 'prepare')
+    assert f'clot run --resume {run.name}' in done.stderr
+    assert run.state == 'failed' and 'nowhere.csv' in run.status.error and (run.path/'log.txt').is_file()
+    cells = json.loads(run.notebook.read_text())['cells']
     assert any(o['output_type'] == 'error' for c in cells for o in c.get('outputs', []))
-    assert 'failed' in clot('runs', cwd=tmp_path).stdout
+    assert re.search(rf'^{run.name} +failed +.*nowhere.csv', clot('runs', cwd=tmp_path).stdout, flags=re.MULTILINE)
+    refused = clot('run', 'train', '-p', f'prepare_run={run.name}', cwd=tmp_path)
+    assert refused.returncode == 2 and 'has not finished: it is failed' in refused.stderr
 
 def until(line, *words, cwd, stop):
-    "The process of `clot WORDS`, stopped by a signal to its group as soon as it prints `line`; its exit code and what it said to standard error"
-    process = subprocess.Popen([*CLOT, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    for printed in process.stdout:
-        if printed.strip().startswith(line): break
+    "The exit code and the errors of `clot WORDS`, stopped by a signal to its group as soon as it prints `line`"
+    process = subprocess.Popen([CLOT, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=ENVIRONMENT)
+    seen = any(printed.strip().startswith(line) for printed in process.stdout)
+    assert seen, process.stderr.read()
     os.killpg(process.pid, stop)
-    return process.wait(), process.stderr.read()
+    _, errors = process.communicate()
+    return process.returncode, errors
 
 def test_a_killed_and_then_interrupted_training_is_resumed_in_its_folder(demo):
     folder, _ = demo
-    prepared = next((folder/'runs').glob('*-prepare-*'))
-    until('epoch 2', 'run', 'train', '--runs', 'killed', '-p', f'prepare_run={prepared}', '-p', 'epochs=40', '-p', 'batch_size=16', cwd=folder, stop=signal.SIGKILL)
-    (run,) = (folder/'killed').iterdir()
-    time.sleep(1)
-    assert list_runs(folder/'killed').state.tolist() == ['interrupted']
+    prepared = folder/'runs'/newest(folder/'runs', 'prepare').name
+    train = 'run', 'train', '--runs', 'killed', '-p', f'prepare_run={prepared}', '-p', 'epochs=40', '-p', 'batch_size=16'
+    assert until('epoch 2', *train, cwd=folder, stop=signal.SIGKILL)[0] == -signal.SIGKILL
+    run = newest(folder/'killed', 'train')
+    assert run.state == 'interrupted'
     resume = 'run', '--resume', run.name, '--runs', 'killed'
     code, said = until('epoch', *resume, cwd=folder, stop=signal.SIGINT)         # Ctrl-C
-    assert code == 130 and f'clot run --resume {run.name}' in said and 'Traceback' not in said, said
-    assert Run(run).state == 'failed' and Run(run).status['error'] == 'interrupted'
+    assert code == 130 and 'clot run --resume' in said and run.name in said and 'Traceback' not in said, said
+    assert run.state == 'interrupted' and 'SIGINT' in run.status.error
     done = clot(*resume, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert 'epoch 1 of' not in done.stdout and 'epoch 40 of 40' in done.stdout
-    assert Run(run).state == 'finished' and Run(run).metrics['epochs_run'] == 40
-    assert clot(*resume, cwd=folder).returncode == 2        # finished is finished
+    assert run.state == 'finished' and run.metrics['epochs_run'] == 40 and run.status.attempts == 3
+    again = clot(*resume, cwd=folder)
+    assert again.returncode == 2 and 'has finished' in again.stderr
 
-def test_help_helps(tmp_path):
-    for words, needed in [(['--help'], 'demo'), (['demo', '--help'], 'FOLDER_OR_CSV'), (['run', '--help'], 'NAME=VALUE'), (['run', 'train', '--help'], 'learning rate')]:
-        done = clot(*words, cwd=tmp_path)
-        assert done.returncode == 0 and needed.lower() in done.stdout.lower()
+
+# Other ways through the steps
+
+def test_a_derived_model_is_evaluated_with_its_temperature(demo):
+    "The derived bundle names its parent, its probabilities are softer, and the run that it builds on is as it was"
+    folder, _ = demo
+    trained, before = newest(folder/'runs', 'train'), newest(folder/'runs', 'train').bundle
+    files = {p.name: p.read_bytes() for p in before.iterdir()}
+    derived = clot('run', 'derive', '-p', f'train_run={trained.name}', '-p', 'temperature=2', '-p', 'positive=CE', cwd=folder)
+    assert derived.returncode == 0, derived.stderr
+    run = newest(folder/'runs', 'derive')
+    try:
+        bundle, parent = load_bundle(run.bundle), load_bundle(before)
+        assert (bundle.parent, bundle.temperature, bundle.positive) == (parent.sha256, 2, 'CE')
+        assert abs(run.predictions.p_LAA - .5).max() < abs(trained.predictions.p_LAA - .5).max()
+        done = clot('run', 'evaluate', '-p', f'train_run={run.name}', '-p', 'resamples=100', cwd=folder)
+        assert done.returncode == 0 and 'the positive class is CE' in done.stdout, done.stderr
+        assert newest(folder/'runs', 'evaluate').origin('prepare').name == newest(folder/'runs', 'prepare').name
+        assert {p.name: p.read_bytes() for p in before.iterdir()} == files
+    finally:
+        for step in ('derive', 'evaluate'):
+            if (extra := newest(folder/'runs', step)).status.started >= run.status.started: shutil.rmtree(extra.path)
 
 def test_own_images_run_through_with_broken_ones_among_them(tmp_path):
     "Folders of one's own, three files broken: the report counts them, and no id of a patient is in any run"
     import numpy as np
-    from strip_notebooks.data.formats import write_image
     rng = np.random.default_rng(0)
     for p in range(48):
-        label = 'CE' if p % 2 else 'LAA'
-        write_image(tmp_path/'images'/label/f'Doe_Jane_{p:02}'/'scan.png', (rng.normal(150 + 50*(p % 2), 30, (64, 80, 3))).clip(0, 255).astype(np.uint8))
+        folder = tmp_path/'images'/('CE' if p % 2 else 'LAA')/f'Doe_Jane_{p:02}'
+        write_image(folder/'scan.png', (rng.normal(150 + 50*(p % 2), 30, (64, 80, 3))).clip(0, 255).astype(np.uint8))
     for p in (0, 1, 2): next((tmp_path/'images').glob(f'*/Doe_Jane_{p:02}/scan.png')).write_bytes(b'\x89PNG\r\n\x1a\n torn')
-    done = clot('demo', '--data', 'images', '--size', '32', '--epochs', '2', cwd=tmp_path)
+    done = clot('demo', '--data', 'images', '--size', '32', '--epochs', '2', '-p', 'evaluate.resamples=100', cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    prepare = next(Run(p) for p in (tmp_path/'runs').glob('*-prepare-*'))
+    prepare = newest(tmp_path/'runs', 'prepare')
     assert prepare.metrics['quarantined'] == 3 and prepare.metrics['patients'] == 45
     for file in (tmp_path/'runs').rglob('*'):
         if file.is_file(): assert b'Doe_Jane' not in file.read_bytes(), f'{file.name} holds the id of a patient'
@@ -135,17 +306,17 @@ def test_own_images_run_through_with_broken_ones_among_them(tmp_path):
     assert 'Doe_Jane' in next((tmp_path/'data').glob('prepared/*/identities.csv')).read_text()
 
 def test_a_csv_with_other_column_names_and_a_frozen_backbone(demo, tmp_path):
-    "Columns are mapped on the command line, the parameters of the training reach it, and a step looks for the one before it in the folder of runs that it is given"
-    import pandas as pd
-    folder, _ = demo
-    cohort = pd.read_csv(next((folder/'data'/'synthetic').glob('*/cohort.csv')), dtype=str)
-    cohort.rename(columns=dict(patient_id='subject', label='etiology')).drop(columns='center_id').to_csv(tmp_path/'mine.csv', index=False)
+    "Columns are mapped on the command line, and a step looks for the one before it in the folder of runs that it is given"
+    cohort = pd.read_csv(next((demo[0]/'data'/'synthetic').glob('*/cohort.csv')), dtype=str)
+    cohort = cohort.rename(columns=dict(patient_id='subject', label='etiology')).drop(columns='center_id')
+    cohort.to_csv(tmp_path/'mine.csv', index=False)
     elsewhere = '--runs', 'my runs'
     prepared = clot('run', 'prepare', *elsewhere, '-p', 'data=mine.csv', '-p', 'columns=patient_id=subject,label=etiology', '-p', 'size=48', cwd=tmp_path)
     assert prepared.returncode == 0, prepared.stderr
-    trained = clot('run', 'train', *elsewhere, '-p', 'arch=resnet18', '-p', 'epochs=1', '-p', 'trainable=head', '-p', 'label_smoothing=0.1', cwd=tmp_path)
+    words = ['arch=resnet18', 'epochs=1', 'trainable=head', 'label_smoothing=0.1']
+    trained = clot('run', 'train', *elsewhere, *(w for word in words for w in ('-p', word)), cwd=tmp_path)
     assert trained.returncode == 0 and 'resnet18, 11,' in trained.stdout, trained.stderr
-    assert Run(sorted((tmp_path/'my runs').glob('*-train-*'))[-1]).metrics['epochs_run'] == 1
+    assert newest(tmp_path/'my runs', 'train').metrics['epochs_run'] == 1
     shutil.rmtree(tmp_path/'data')
     evaluated = clot('run', 'evaluate', *elsewhere, cwd=tmp_path)
-    assert evaluated.returncode == 2 and 'no finished cache' in evaluated.stderr and '`clot run prepare`' in evaluated.stderr
+    assert evaluated.returncode == 2 and '`clot run prepare`' in evaluated.stderr and 'Traceback' not in evaluated.stderr

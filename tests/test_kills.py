@@ -22,9 +22,20 @@ def newest(cwd): return max((cwd/'runs').glob('*-train-*'), key=lambda p: p.stat
 
 def weights(run): return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(run.bundle.iterdir())}
 
-def leftovers():
-    "Sockets, connection files and folders of kernels in the temporary folder"
-    return sorted(p.name for p in Path(tempfile.gettempdir()).glob('strip-*'))
+@pytest.fixture(scope='module', autouse=True)
+def temporary():
+    "A temporary folder of these tests alone, with a name short enough for sockets"
+    with tempfile.TemporaryDirectory(prefix='k', dir='/tmp') as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TMPDIR', folder)
+        yield Path(folder)
+
+def leftovers(folder):
+    "Sockets, connection files and folders of kernels and workers in the temporary folder"
+    return sorted(p.name for p in folder.iterdir() if p.name.startswith(('clot-', 'strip-', 'pymp-')))
+
+def half_written(run):
+    "Temporary files of a run; the lock that guards its status stays"
+    return [p.name for p in run.path.rglob('.*') if p.name != '.lock']
 
 def killed(words, cwd, when, rng):
     "Start `clot` and kill it, or it and its kernel, at a moment; whether it was still at work"
@@ -48,14 +59,14 @@ def moments(run_folder, rng):
     return chosen
 
 @pytest.fixture(scope='module')
-def prepared(tmp_path_factory):
+def prepared(tmp_path_factory, temporary):
     folder = tmp_path_factory.mktemp('kills')
     clot('run', 'prepare', '-p', 'patients=48', '-p', 'size=32', '-p', 'source_size=64', cwd=folder)
     clot(*TRAIN, cwd=folder)
     return folder, weights(Run(newest(folder)))
 
 @pytest.mark.parametrize('seed', range(ROUNDS))
-def test_killed_and_resumed_until_it_ends(prepared, seed):
+def test_killed_and_resumed_until_it_ends(prepared, temporary, seed):
     folder, expected = prepared
     rng, before = random.Random(seed), {p.name for p in (folder/'runs').iterdir()}
     def run_folder(): return next((p for p in (folder/'runs').iterdir() if p.name not in before and '-train-' in p.name), None)
@@ -72,5 +83,5 @@ def test_killed_and_resumed_until_it_ends(prepared, seed):
     run = Run(run_folder())
     assert kills and run.state == 'finished' and weights(run) == expected
     clot('runs', cwd=folder)
-    assert leftovers() == []
-    assert [p.name for p in run.path.rglob('*') if p.name.startswith('.')] == []
+    assert leftovers(temporary) == []
+    assert half_written(run) == []
