@@ -102,6 +102,15 @@ def _typed(name, value, kind):
         raise ExperimentError(f'{name}={value!r} is not {"an" if kind == "int" else "a"} {kind}.') from None
 
 # %% ../nbs/900_experiments.ipynb #41c9143a
+def _check_settings(values, settings):
+    "`values` as a `Settings` class takes them: lists of numbers as numbers; a `StripError` if one is out of range"
+    fields = settings.model_fields
+    for name in set(values) & set(fields):
+        if fields[name].annotation == list[float]: values[name] = [_typed(name, v, 'float') for v in values[name]]
+    settings(**{name: value for name, value in values.items() if name in fields})
+    return values
+
+# %% ../nbs/900_experiments.ipynb #546a8e66
 def check_parameters(
     path,           # Notebook
     given:dict,     # Name -> value, as text or typed
@@ -113,8 +122,7 @@ def check_parameters(
     values = {n: p['default'] for n, p in known.items()}
     values.update({n: _typed(n, v, known[n]['type']) for n, v in given.items()})
     if path == experiment_paths().get(path.stem) and path.stem in step_settings:
-        settings = step_settings[path.stem]
-        settings(**{n: v for n, v in values.items() if n in settings.model_fields})
+        return _check_settings(values, step_settings[path.stem])
     return values
 
 # %% ../nbs/900_experiments.ipynb #a5cece7f
