@@ -60,7 +60,8 @@ def class_colors(
     "A colorblind-safe color for each class, in sorted order: CE blue, LAA vermilion"
     names = sorted(str(c) for c in classes)
     if len(names) > len(okabe_ito):
-        raise StripError(f'{len(names)} classes, but the palette has only {len(okabe_ito)} colors; merge some classes.')
+        raise StripError(f'There are {plural(len(names), "class")}, but only {len(okabe_ito)} colors; '
+                         'merge some classes.')
     return dict(zip(names, okabe_ito))
 
 # %% ../nbs/000_core.ipynb #0e9764d4
@@ -108,7 +109,7 @@ def atomic_path(
     path,               # Where the file belongs
     private:bool=False, # Readable and writable by the owner only (mode 0600)
 ):                      # Yields a temporary path in the same folder, with the same ending
-    "Write to the yielded path; it takes the place of `path` only when the block ends without an error"
+    "Write to the yielded path; it replaces `path` only when the block ends without an error"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{secrets.token_hex(4)}-{path.name}')
@@ -139,10 +140,11 @@ def write_text(
 # %% ../nbs/000_core.ipynb #69a7f40d
 def _finite(value):
     "`value` with each NaN and infinity as None"
-    if isinstance(value, dict): return {k: _finite(v) for k,v in value.items()}
+    if isinstance(value, dict): return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list): return [_finite(v) for v in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
+# %% ../nbs/000_core.ipynb #0bf5bb7c
 def write_json(
     path,       # File to write
     value,      # Anything of dicts, lists, numbers, text, NumPy values, paths; NaN becomes null
@@ -172,7 +174,7 @@ def quote_formula(
 
 # %% ../nbs/000_core.ipynb #e6e8f073
 def unquote_formula(
-    value,      # A cell of a table that `quote_formula` went over
+    value,      # A cell that `quote_formula` gave
 ):              # The cell as it was
     "The inverse of `quote_formula`"
     quoted = isinstance(value, str) and re.match(r"'+[=+\-@\t\r]", value)

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .core import StripError, nearest
+from .core import StripError, nearest, plural
 
 # %% ../nbs/300_models.ipynb #9c0c4cf1
 class ModelError(StripError):
@@ -244,7 +244,7 @@ def _build(arch, n_classes, in_channels, dropout):
     drop = dict(drop_rate=dropout) if dropout else {}
     try: model = create(check_arch(arch), num_classes=n_classes, in_chans=in_channels, **drop)
     except (RuntimeError, TypeError, ValueError, AssertionError) as e:
-        raise ModelError(f'{arch} cannot be built with {n_classes} classes, '
+        raise ModelError(f'{arch} cannot be built with {plural(n_classes, "class")}, '
                          f'{in_channels} input channels and dropout {dropout}: {e}.') from e
     return out_of_place(model)
 

@@ -24,7 +24,7 @@ def stain_jitter(
     rng:np.random.Generator,    # Decides how much
     most:float=.15,             # Greatest change of a stain's amount, as a share
 )->np.ndarray:                  # (H, W, 3) uint8
-    "Amounts of hematoxylin and eosin changed apart from one another, in optical density (Tellez et al. 2018)"
+    "Amounts of hematoxylin and eosin changed independently, in optical density (Tellez et al. 2018)"
     import cv2
     gain = np.append(1 + rng.uniform(-most, most, 2), 1)
     mixing = (np.linalg.inv(_stains)*gain @ _stains).astype(np.float32)
@@ -57,6 +57,8 @@ def _transforms(name, size):
     return turns + [rotate, shapes, hue, light, *contrast, camera]
 
 # %% ../../nbs/180_data.augment.ipynb #6222a7ff
+_how_often = dict(standard=(.3, .05), strong=(.6, .15))     # a change of stain, an artifact
+
 def _random_artifact(image, rng):
     "The picture with a pen mark, a fold or a bubble"
     kind = ('pen', 'fold', 'bubble')[rng.integers(3)]
@@ -72,7 +74,7 @@ class Policy:
         if self.name not in policy_names:
             raise StripError(f'There is no policy {self.name!r}{nearest(self.name, policy_names)}')
         self._compose = None
-        self._stain,self._artifact = dict(standard=(.3, .05), strong=(.6, .15)).get(self.name, (0, 0))      # how often
+        self._stain, self._artifact = _how_often.get(self.name, (0, 0))
 
     def __getstate__(self): return {**self.__dict__, '_compose': None}      # created again in each process
 
@@ -91,7 +93,7 @@ class Policy:
         if rng.random() < self._artifact: out = _random_artifact(out, rng)
         return np.ascontiguousarray(out)
 
-# %% ../../nbs/180_data.augment.ipynb #395f7f0c
+# %% ../../nbs/180_data.augment.ipynb #444a1f04
 @patch
 def _library(self:Policy, seed):
     "The albumentations, all drawing from two fresh generators, which is much faster than `set_random_seed`"
@@ -101,6 +103,7 @@ def _library(self:Policy, seed):
     self._compose.set_random_state(np.random.Generator(np.random.PCG64(seed)), random.Random(seed))
     return self._compose
 
+# %% ../../nbs/180_data.augment.ipynb #c2e1bf51
 def policy(
     name:str='standard',    # none, light, standard or strong
     size:int=224,           # Pixels a side

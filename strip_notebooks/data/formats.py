@@ -13,7 +13,8 @@ import numpy as np
 
 from ..core import atomic_path, content_hash
 from .dicom import dicom_size, read_dicom
-from .images import (ImageError, Limits, Reading, Source, check_choice, check_pixels, check_window, guarded, image_errors,
+from .images import (
+    ImageError, Limits, Reading, Source, check_choice, check_pixels, check_window, guarded, image_errors,
     image_suffixes, open_source, shown_between, three_channels)
 from .nifti import nifti_size, read_nifti
 from .raster import raster_size, read_raster
@@ -28,11 +29,12 @@ def _format_of(
     suffix:str,     # Of the name, lower case
 )->str:             # The format, or None
     "The format that these bytes begin"
-    if head[128:132] == b'DICM': return 'dicom'                     # first, as the preamble before it may look like a TIFF
-    for mark,kind in _marks.items():
+    if head[128:132] == b'DICM': return 'dicom'     # first, as the preamble before it may look like a TIFF
+    for mark, kind in _marks.items():
         if head.startswith(mark): return kind
     if head[344:348] in (b'n+1\0', b'n+2\0') or head[4:8] == b'n+2\0': return 'nifti'
-    if suffix == '.dcm' or (head[:2] in (b'\x02\0', b'\x08\0') and head[3:4] == b'\0') or head[:3] == b'\0\x08\0': return 'dicom'
+    little, big = head[:2] in (b'\x02\0', b'\x08\0') and head[3:4] == b'\0', head[:3] == b'\0\x08\0'
+    return 'dicom' if suffix == '.dcm' or little or big else None
 
 # %% ../../nbs/130_data.formats.ipynb #17f98e56
 def _head(source):
@@ -41,41 +43,49 @@ def _head(source):
     if head[:2] != b'\x1f\x8b': return head, False
     with source.open() as f, gzip.open(f) as g: return g.read(352), True
 
+# %% ../../nbs/130_data.formats.ipynb #204d9de3
 def _known_format(source):
     "The format of a source whose size has been checked"
-    with image_errors(source.name): head,packed = _head(source)
+    with image_errors(source.name): head, packed = _head(source)
     kind = _format_of(head, source.suffix)
     if packed and kind not in (None, 'nifti'):
         raise ImageError(source.name, 'unsupported', f'it is a {kind} file packed by gzip; unpack it (gunzip) first.')
     if kind: return kind
-    raise ImageError(source.name, 'not_an_image', f'its first bytes are of no format that is read here ({", ".join(image_suffixes)}); '
+    known = ', '.join(image_suffixes)
+    raise ImageError(source.name, 'not_an_image', f'its first bytes are of no format that is read here ({known}); '
                                                   'remove it from the data or convert it.')
 
+# %% ../../nbs/130_data.formats.ipynb #c847d45a
 def image_format(
     source,                 # Path, bytes or binary stream
     name:str=None,          # What messages call it
     limits:Limits=Limits(), # What is refused
 )->str:                     # png, jpeg, bmp, tiff, npy, dicom or nifti
-    "The kind of image a file is by its first bytes; an `ImageError` if none"
+    "The format of a file by its first bytes; an `ImageError` if none"
     source = open_source(source, name, limits)
     with guarded(): return _known_format(source)
 
 # %% ../../nbs/130_data.formats.ipynb #7f770df9
 def _open_npy(source):
     "The array of a file, mapped where it is a file, never unpickled"
-    try: return np.load(source.path or source.open(), mmap_mode='r' if source.path else None, allow_pickle=False)
+    mode = 'r' if source.path else None
+    try: return np.load(source.path or source.open(), mmap_mode=mode, allow_pickle=False)
     except ValueError as e:
         if 'object' in str(e).lower() and 'max_header_size' not in str(e):
-            raise ImageError(source.name, 'unsupported', 'it holds Python objects, which are never unpickled; save a plain array.') from None
+            text = 'it holds Python objects, which are never unpickled; save a plain array.'
+            raise ImageError(source.name, 'unsupported', text) from None
         raise
 
+# %% ../../nbs/130_data.formats.ipynb #0bf80149
 def _check_npy(source, a, reading):
     "An `ImageError` unless the array has the shape of one picture"
     check_choice(source.name, reading.frame or 0, 1, 'frame')
     check_choice(source.name, reading.level, 1, 'level')
     if a.ndim not in (2, 3) or a.ndim == 3 and a.shape[-1] > 4:
-        raise ImageError(source.name, 'unsupported', f'an array of the shape {a.shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
+        raise ImageError(source.name, 'unsupported', f'an array of the shape {a.shape} is no image; '
+                                                     '(H, W), (H, W, 3) and (H, W, 4) are.')
 
+# %% ../../nbs/130_data.formats.ipynb #d5f3586a
 def read_npy(
     source:Source,              # An NPY file
     reading:Reading=Reading(),
@@ -86,10 +96,12 @@ def read_npy(
         a = _open_npy(source)
         _check_npy(source, a, reading)
         check_pixels(source.name, a.shape[0]*a.shape[1], limits)
-        if a.dtype.kind not in 'uifb': raise ImageError(source.name, 'unsupported', f'pixels of the type {a.dtype} are no numbers.')
+        if a.dtype.kind not in 'uifb':
+            raise ImageError(source.name, 'unsupported', f'pixels of the type {a.dtype} are no numbers.')
         a = np.array(a, np.float32 if a.dtype.kind == 'f' else a.dtype)
         return shown_between(source.name, a, reading.window)
 
+# %% ../../nbs/130_data.formats.ipynb #5ec5fd49
 def npy_size(
     source:Source,              # An NPY file
     reading:Reading=Reading(),
@@ -101,16 +113,16 @@ def npy_size(
         _check_npy(source, a, reading)
         return a.shape[:2]
 
-# %% ../../nbs/130_data.formats.ipynb #d5f3586a
-_readers = dict(png=read_raster, jpeg=read_raster, bmp=read_raster, tiff=read_tiff, npy=read_npy, dicom=read_dicom, nifti=read_nifti)
-_sizes = dict(png=raster_size, jpeg=raster_size, bmp=raster_size, tiff=tiff_size, npy=npy_size, dicom=dicom_size, nifti=nifti_size)
+# %% ../../nbs/130_data.formats.ipynb #204084c6
+_readers = dict(png=read_raster, jpeg=read_raster, bmp=read_raster, tiff=read_tiff, npy=read_npy,
+                dicom=read_dicom, nifti=read_nifti)
 
 def read_image(
-    source,                     # Path, bytes or binary stream of a PNG, JPEG, BMP, TIFF, NPY, DICOM or NIfTI, known by its content
+    source,                     # Path, bytes or binary stream of any format that `image_format` knows
     reading:Reading=Reading(),  # Which frame, slice and level is read, and the window
     name:str=None,              # What messages call it; for a path its own name if not given
     limits:Limits=Limits(),     # What is refused before it is decoded
-)->np.ndarray:                  # (H, W, 3), or (F, H, W, 3) for all frames: uint8 0 to 255, or float32 0 to 1 where it holds more than 8 bits
+)->np.ndarray:                  # (H, W, 3), or (F, H, W, 3) for all frames; uint8, or float32 0 to 1 for more bits
     "The picture in a file; an `ImageError` that names it and the reason if there is none"
     source = open_source(source, name, limits)
     check_window(source.name, reading.window)
@@ -120,6 +132,9 @@ def read_image(
         return three_channels(source.name, a)
 
 # %% ../../nbs/130_data.formats.ipynb #4b2551fa
+_sizes = dict(png=raster_size, jpeg=raster_size, bmp=raster_size, tiff=tiff_size, npy=npy_size,
+              dicom=dicom_size, nifti=nifti_size)
+
 def image_size(
     source,                     # Path, bytes or binary stream
     reading:Reading=Reading(),  # Which frame, slice and level
@@ -131,41 +146,59 @@ def image_size(
     with guarded(): return _sizes[_known_format(source)](source, reading, limits)
 
 # %% ../../nbs/130_data.formats.ipynb #f8ce9484
-def write_image(
-    path,               # File to write; its ending decides the format
-    image:np.ndarray,   # (H, W, 3) uint8
-)->None:
-    "Write a picture atomically as PNG, JPEG, BMP, NPY, DICOM, NIfTI or tiled TIFF; an `ImageError` for another ending or array"
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ImageError(path, 'unsupported', f'an array {image.shape} of {image.dtype} cannot be written; (H, W, 3) uint8 can.')
-    name = Path(path).name.lower()
-    with atomic_path(path) as p:
-        if name.endswith(('.png', '.jpg', '.jpeg', '.bmp')):
-            from PIL import Image
-            Image.fromarray(image).save(p, **(dict(quality=92) if 'j' in name[-4:] else dict(compress_level=3) if name.endswith('png') else {}))
-        elif name.endswith(('.tif', '.tiff')):
-            import tifffile
-            tifffile.imwrite(p, image, photometric='rgb', tile=(128, 128), compression='deflate')
-        elif name.endswith('.npy'): np.save(p, image)
-        elif name.endswith('.dcm'): _write_dicom(p, image)
-        elif name.endswith(('.nii', '.nii.gz')): _write_nifti(p, image)
-        else: raise ImageError(path, 'unsupported', f'no image is written with this ending; {", ".join(image_suffixes)} are.')
-
 def _write_dicom(path, image):
     "A secondary capture without a patient"
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
-    ds = Dataset(); ds.file_meta = FileMetaDataset()
-    uid = generate_uid(entropy_srcs=[content_hash(image)])
-    ds.file_meta.MediaStorageSOPClassUID,ds.file_meta.MediaStorageSOPInstanceUID,ds.file_meta.TransferSyntaxUID = SecondaryCaptureImageStorage, uid, ExplicitVRLittleEndian
-    ds.SOPClassUID,ds.SOPInstanceUID,ds.Modality,ds.PatientIdentityRemoved = SecondaryCaptureImageStorage, uid, 'OT', 'YES'
-    ds.Rows,ds.Columns,ds.SamplesPerPixel,ds.PlanarConfiguration,ds.PhotometricInterpretation = *image.shape[:2], 3, 0, 'RGB'
-    ds.BitsAllocated = ds.BitsStored = 8; ds.HighBit,ds.PixelRepresentation = 7, 0
+    rows, columns = image.shape[:2]
+    ds, meta = Dataset(), FileMetaDataset()
+    ds.file_meta = meta
+    meta.MediaStorageSOPClassUID = ds.SOPClassUID = SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = generate_uid(entropy_srcs=[content_hash(image)])
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    values = dict(Modality='OT', PatientIdentityRemoved='YES', Rows=rows, Columns=columns, SamplesPerPixel=3,
+                  PlanarConfiguration=0, PhotometricInterpretation='RGB', BitsAllocated=8, BitsStored=8, HighBit=7,
+                  PixelRepresentation=0)
+    for name, value in values.items(): setattr(ds, name, value)
     ds.PixelData = image.tobytes() + b'\0'*(image.size % 2)
     ds.save_as(path, enforce_file_format=True)
 
+# %% ../../nbs/130_data.formats.ipynb #d8d4360b
 def _write_nifti(path, image):
     "One slice of colors, that is read back as it was"
     import nibabel
     colors = np.ascontiguousarray(np.rot90(image, -1)).view(np.dtype([(c, 'u1') for c in 'RGB']))
     nibabel.save(nibabel.Nifti1Image(colors, np.eye(4)), path)
+
+# %% ../../nbs/130_data.formats.ipynb #710670f6
+def _write_raster(path, image):
+    "A PNG, JPEG or BMP"
+    from PIL import Image
+    options = {'.png': dict(compress_level=3), '.jpg': dict(quality=92), '.jpeg': dict(quality=92)}
+    Image.fromarray(image).save(path, **options.get(path.suffix.lower(), {}))
+
+# %% ../../nbs/130_data.formats.ipynb #f98c32f7
+def _write_tiff(path, image):
+    "A tiled TIFF"
+    import tifffile
+    tifffile.imwrite(path, image, photometric='rgb', tile=(128, 128), compression='deflate')
+
+# %% ../../nbs/130_data.formats.ipynb #0b57096f
+_writers = {**dict.fromkeys(('.png', '.jpg', '.jpeg', '.bmp'), _write_raster),
+            **dict.fromkeys(('.tif', '.tiff'), _write_tiff),
+            '.npy': np.save, '.dcm': _write_dicom, '.nii': _write_nifti, '.nii.gz': _write_nifti}
+
+def write_image(
+    path,               # File to write; its ending decides the format
+    image:np.ndarray,   # (H, W, 3) uint8
+)->None:
+    "Write a picture atomically in the format of the ending; an `ImageError` for another ending or array"
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ImageError(path, 'unsupported', f'an array {image.shape} of {image.dtype} cannot be written; '
+                                              '(H, W, 3) uint8 can.')
+    name = Path(path).name.lower()
+    write = next((w for ending, w in _writers.items() if name.endswith(ending)), None)
+    if not write:
+        known = ', '.join(image_suffixes)
+        raise ImageError(path, 'unsupported', f'no image is written with this ending; {known} are.')
+    with atomic_path(path) as p: write(p, image)

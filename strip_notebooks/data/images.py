@@ -65,7 +65,7 @@ class Limits:
 @dataclass(frozen=True)
 class Reading:
     "Which picture of a file is read"
-    frame:object = None     # Page (TIFF), frame (DICOM) or volume (NIfTI), from 0, negative from the end; None is the first, 'all' every DICOM frame
+    frame:object = None     # Page (TIFF), frame (DICOM) or volume (NIfTI); None: the first; 'all': every DICOM frame
     slice:object = 'middle' # NIfTI: number of the slice, 'middle' or 'largest'
     window:tuple = None     # (low, high): the numbers that become 0 and 1; for DICOM after the modality look-up
     level:int = 0           # TIFF: level of the pyramid, 0 is the largest
@@ -80,7 +80,7 @@ def check_window(
     "An `ImageError` unless `window` is None or two finite numbers in order"
     if window is None: return
     try:
-        low,high = window
+        low, high = window
         good = math.isfinite(low) and math.isfinite(high) and low < high
     except (TypeError, ValueError): good = False
     if not good: raise ImageError(name, 'choice', f'window={window!r} must be (low, high) with low below high.')
@@ -107,6 +107,7 @@ def use_guard(
     global _guard
     _guard = guard
 
+# %% ../../nbs/100_data.images.ipynb #9587e175
 @contextmanager
 def guarded():
     "Decode what is in the block under the guard of this process, if it has one"
@@ -114,7 +115,7 @@ def guarded():
     else:
         with _guard: yield
 
-# %% ../../nbs/100_data.images.ipynb #0c3c0175
+# %% ../../nbs/100_data.images.ipynb #e57d143a
 def check_pixels(
     name,           # The file, for the message
     pixels:int,     # Pixels that would be decoded
@@ -122,8 +123,9 @@ def check_pixels(
 )->None:
     "An `ImageError` if more pixels would be decoded than allowed; tells the guard how many there are"
     if pixels > limits.pixels:
-        raise ImageError(name, 'too_large', f'{pixels/1e6:,.0f} million pixels are more than the {limits.pixels/1e6:,.0f} million '
-                                            'allowed; read a smaller level or tiles of it, or raise Limits.pixels.')
+        most = f'{limits.pixels/1e6:,.0f} million'
+        raise ImageError(name, 'too_large', f'{pixels/1e6:,.0f} million pixels are more than the {most} allowed; '
+                                            'read a smaller level or tiles of it, or raise Limits.pixels.')
     if _guard is not None: _guard.allow(pixels)
 
 # %% ../../nbs/100_data.images.ipynb #8303f676
@@ -151,8 +153,10 @@ def forbidden(
     name,       # The file, for the message
 )->ImageError:
     "The error for a file that must not be read"
-    return ImageError(name, 'forbidden', 'you have no permission to read it; ask for the right to read it and its folder.')
+    text = 'you have no permission to read it; ask for the right to read it and its folder.'
+    return ImageError(name, 'forbidden', text)
 
+# %% ../../nbs/100_data.images.ipynb #c86cbf44
 def _check_path(name, path):
     "An `ImageError` unless `path` is a plain file"
     try:
@@ -163,7 +167,7 @@ def _check_path(name, path):
     if missing and not path.is_symlink(): raise ImageError(name, 'missing', 'there is no such file; check the path.')
     if not plain: raise ImageError(name, 'not_a_file', 'it is not a plain file (a folder, a broken link or a device).')
 
-# %% ../../nbs/100_data.images.ipynb #3d609f98
+# %% ../../nbs/100_data.images.ipynb #244de038
 def open_source(
     source,                 # Path, bytes or binary stream, or a `Source`
     name:str=None,          # What messages call it; for a path its own name if not given
@@ -177,8 +181,9 @@ def open_source(
     if source.path is not None: _check_path(source.name, source.path)
     if source.size == 0: raise ImageError(source.name, 'empty', 'it has no bytes; copy it again from its source.')
     if source.size > limits.file_bytes:
-        raise ImageError(source.name, 'too_large', f'{source.size/2**20:,.0f} MB are more than the {limits.file_bytes/2**20:,.0f} MB '
-                                                   'allowed; raise Limits.file_bytes if you trust it.')
+        most = f'{limits.file_bytes/2**20:,.0f} MB'
+        raise ImageError(source.name, 'too_large', f'{source.size/2**20:,.0f} MB are more than the {most} allowed; '
+                                                   'raise Limits.file_bytes if you trust it.')
     return source
 
 # %% ../../nbs/100_data.images.ipynb #8f644f4b
@@ -196,7 +201,7 @@ def windowed(
     window,         # (low, high)
 )->np.ndarray:      # float32, the same shape
     "Numbers from 0 (at or below `low`) to 1 (at or above `high`); NaN stays NaN"
-    low,high = window
+    low, high = window
     a = a.astype(np.float32)
     a -= low
     a /= high - low
@@ -220,7 +225,7 @@ def by_rows(
     a:np.ndarray,       # (H, W, C) or (H, W)
     at_once:int=2**20,  # Pixels of the rows that are done at once
 )->np.ndarray:
-    "What a function of pixels makes of an array, with little memory"
+    "A function of pixels applied to an array, with little memory"
     step = max(1, at_once//max(1, a.shape[1]))
     first = function(a[:step])
     if step >= len(a): return first
@@ -236,7 +241,8 @@ def on_white(
 )->np.ndarray:              # (H, W, C - 1)
     "Colors composited on white by their opacity"
     top = 255 if a.dtype == np.uint8 else 1
-    colors,opacity = a[..., :-1].astype(np.float32), a[..., -1:].astype(np.float32)/top
+    colors = a[..., :-1].astype(np.float32)
+    opacity = a[..., -1:].astype(np.float32)/top
     if not multiplied: colors *= opacity
     colors = np.minimum(colors + top*(1 - opacity), top)
     return (colors + .5).astype(np.uint8) if top == 255 else colors
@@ -251,9 +257,10 @@ def unit_range(
     if a.dtype == np.uint8: return a
     if a.dtype.kind == 'u': return np.divide(a, np.iinfo(a.dtype).max, dtype=np.float32)
     if a.dtype.kind != 'f':
-        raise ImageError(name, 'unsupported', f'pixels of the type {a.dtype} have no stated range; '
-                                              'save them as uint8, uint16 or floats from 0 to 1, or give window=(low, high).')
-    if a.size and not (a.min() >= 0 and a.max() <= 1):                 # not so either where a number is missing (NaN)
+        raise ImageError(name, 'unsupported',
+                         f'pixels of the type {a.dtype} have no stated range; '
+                         'save them as uint8, uint16 or floats from 0 to 1, or give window=(low, high).')
+    if a.size and not (a.min() >= 0 and a.max() <= 1):                 # true also if a number is NaN
         raise ImageError(name, 'range', 'its numbers are not all between 0 and 1; '
                                         'give window=(low, high), the values that become black and white.')
     return a.astype(np.float32, copy=False)
@@ -261,12 +268,13 @@ def unit_range(
 # %% ../../nbs/100_data.images.ipynb #60df5574
 def three_channels(
     name,           # The file, for the message
-    a:np.ndarray,   # (H, W) or (H, W, C): grey, grey and opacity, RGB, RGB and opacity
+    a:np.ndarray,   # (H, W) or (H, W, C): gray, gray and opacity, RGB, RGB and opacity
 )->np.ndarray:      # (H, W, 3), uint8 0 to 255 or float32 0 to 1
     "Any picture as RGB on white; an `ImageError` for arrays that are no picture or have no stated range"
     if a.ndim == 2: a = a[..., None]
     if a.ndim != 3 or a.shape[-1] not in (1, 2, 3, 4) or 0 in a.shape:
-        raise ImageError(name, 'unsupported', f'an array of the shape {a.shape} is no image; (H, W), (H, W, 3) and (H, W, 4) are.')
+        raise ImageError(name, 'unsupported', f'an array of the shape {a.shape} is no image; '
+                                              '(H, W), (H, W, 3) and (H, W, 4) are.')
     if a.shape[-1] in (2, 4): a = by_rows(lambda rows: on_white(unit_range(name, rows)), a)
     else: a = unit_range(name, a)
     return np.ascontiguousarray(np.broadcast_to(a, a.shape[:2] + (3,)))
@@ -290,22 +298,31 @@ def turned(
     return a
 
 # %% ../../nbs/100_data.images.ipynb #ede83028
-_short_of = {errno.ENOSPC: 'disk space', errno.EDQUOT: 'disk quota', errno.EMFILE: 'file handles', errno.ENFILE: 'file handles',
+_short_of = {errno.ENOSPC: 'disk space', errno.EDQUOT: 'disk quota',
+             errno.EMFILE: 'file handles', errno.ENFILE: 'file handles',
              errno.EIO: 'a disk that works', errno.ESTALE: 'a network disk that works'}
+_no_memory = 'insufficient memory|bad_alloc|cannot allocate|failed to allocate|out of memory'
 
+def _is_memory(error):
+    "Whether an error says that the memory ran out"
+    return isinstance(error, MemoryError) or re.search(_no_memory, str(error).lower()) is not None
+
+# %% ../../nbs/100_data.images.ipynb #4bb55b49
 def as_image_error(
     name,               # The file, for the message
     error:Exception,    # What a library raised
-)->StripError:       # An `ImageError`, unless it is the machine's fault
-    "The same as a typed error, without the library's words"
+)->StripError:       # An `ImageError`, unless the machine is the cause
+    "The same as a typed error, without the text of the library"
     kind = type(error).__name__
     if isinstance(error, StripError): return error
     if isinstance(error, OSError) and error.errno in _short_of:
-        return StripError(f'{name}: it could not be read, as this machine is short of {_short_of[error.errno]}. The image itself may be good.')
+        return StripError(f'{name}: it could not be read, as this machine is short of {_short_of[error.errno]}. '
+                          'The image itself may be good.')
     if kind == 'DecompressionBombError':
         return ImageError(name, 'too_large', 'it claims more pixels than can be decoded here; read tiles of it.')
-    if isinstance(error, MemoryError) or re.search('insufficient memory|bad_alloc|cannot allocate|failed to allocate|out of memory', str(error).lower()): return ImageError(name, 'memory', 'it takes more memory than there is; read tiles of it.')
-    if isinstance(error, RecursionError): return ImageError(name, 'nested', 'it is nested too deep; such a file is corrupt or hostile.')
+    if _is_memory(error): return ImageError(name, 'memory', 'it takes more memory than there is; read tiles of it.')
+    if isinstance(error, RecursionError):
+        return ImageError(name, 'nested', 'it is nested too deep; such a file is corrupt or hostile.')
     if isinstance(error, PermissionError): return forbidden(name)
     if isinstance(error, NotImplementedError):
         return ImageError(name, 'unsupported', 'its coding is not supported; convert it to an uncompressed file.')
@@ -321,14 +338,15 @@ def quiet():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for l in loggers:
-            l.disabled,l.propagate = True, False                        # nothing from the loggers below goes further up either
+            l.disabled, l.propagate = True, False                       # nor what comes from the loggers below
             l.addHandler(nowhere)
         try: yield
         finally:
             for l in loggers:
-                l.disabled,l.propagate = False, True
+                l.disabled, l.propagate = False, True
                 l.removeHandler(nowhere)
 
+# %% ../../nbs/100_data.images.ipynb #6b9c0cf4
 @contextmanager
 def image_errors(
     name,       # The file, for the message
