@@ -54,7 +54,7 @@ class ShowFromModule(processors.exec_show_docs):
     def end(self): pass
 
 # The link to the source on a code host, and the signature of an error that takes anything
-unwanted = re.compile(r'^\[source\]\(.*\n+|^```python\ndef \w+\(\n    \*args, \*\*kwargs\n\):\n```\n+', flags=re.MULTILINE)
+unwanted = re.compile(r'^\[source\]\(.*\n+|^```python\ndef \w+\(\n    \*args, \*\*(?:kwargs|kwds)\n\):\n```\n+', flags=re.MULTILINE)
 
 def method_names(
     cell,       # Code cell

@@ -70,7 +70,8 @@ def evaluate_bundle(
     counts = {c: int((patients.label == c).sum()) for c in bundle.classes}
     result = dict(classes=bundle.classes, positive=bundle.positive, threshold=bundle.threshold,
                   rule=rule_words(bundle.spec), how=bundle.how, test_patients=counts, resamples=n_resamples,
-                  auc=Estimate(*whole[['value', 'low', 'high']].iloc[0]), permutation_p=permutation_p(y, p, n_resamples, seed))
+                  auc=Estimate(*whole[['value', 'low', 'high']].iloc[0]),
+                  permutation_p=permutation_p(y, p, n_resamples, seed))
     return Evaluation(images, patients, tables, result, seed)
 
 # %% ../../nbs/540_metrics.evaluation.ipynb #b018d572

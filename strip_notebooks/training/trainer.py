@@ -85,6 +85,12 @@ def _check_monitor(monitor, scores):
     if monitor in scores: return
     raise TrainingError(f'There is no validation score {monitor!r}{nearest(monitor, scores)}')
 
+def _fabric(device, precision):
+    "Lightning Fabric, without its line about the precision, which the bundle holds"
+    from lightning_fabric import Fabric
+    logging.getLogger('lightning_fabric').setLevel(logging.WARNING)
+    return Fabric(accelerator=device, devices=1, precision=precision)
+
 # %% ../../nbs/420_training.trainer.ipynb #426054f5
 class Trainer:
     "The pieces of one training, made from a task and its settings alone"
@@ -93,14 +99,12 @@ class Trainer:
         config:TrainerConfig,   # How it is trained
         folder,                 # The folder of its checkpoints
     ):
-        from lightning_fabric import Fabric
         from timm.utils import ModelEmaV3
         self.task,self.config,self.folder = task,config,Path(folder)
         _check_monitor(config.monitor, task.better)
         self.device = pick_device(config.device)
         self.precision = pick_precision(self.device, config.precision)
-        logging.getLogger('lightning_fabric').setLevel(logging.WARNING)     # the precision is in the bundle
-        self.fabric = Fabric(accelerator=self.device, devices=1, precision=self.precision)
+        self.fabric = _fabric(self.device, self.precision)
         seed_everything(derive_seed(config.seed, 'start'))
         self.net = task.network()
         optimizer = make_optimizer(self.net, config.optimizer, config.lr, config.weight_decay)
