@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core import StripError, content_hash, file_hash, plural, read_json, write_json
 from .checks import showable
@@ -35,7 +36,8 @@ def _cache_key(cohort, preprocessing):
         hashes = list(progress(pool.map(_content, cohort.path), 'fingerprinting files', total=len(cohort)))
     settings = {k: v for k,v in preprocessing.to_dict().items() if k in ('size', 'fit', 'stain', 'clahe')}
     readings = [vars(r) for r in cohort_readings(cohort, preprocessing.reading)]
-    return content_hash('pixels 3', settings, readings, cohort.image_id.tolist(), hashes)      # another number whenever `pixels` or the measures change
+    version = 'pixels 3'        # another number whenever the pixels or the measures change
+    return content_hash(version, settings, readings, cohort.image_id.tolist(), hashes)
 
 # %% ../../nbs/175_data.cache.ipynb #037e8eab
 def _reserve(path, nbytes):
@@ -44,10 +46,12 @@ def _reserve(path, nbytes):
         try: os.posix_fallocate(f.fileno(), 0, nbytes)
         except (AttributeError, OSError) as e:
             if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
-            for start in range(0, nbytes, 2**20): f.write(bytes(min(2**20, nbytes - start)))      # a file system or a system without it
+            for start in range(0, nbytes, 2**20):       # a file system or a system without it
+                f.write(bytes(min(2**20, nbytes - start)))
             f.flush()
             os.fsync(f.fileno())
 
+# %% ../../nbs/175_data.cache.ipynb #581e3912
 @contextmanager
 def _room(folder, what, nbytes):
     "A `PreprocessError` with the numbers for what the disk has no room for"
@@ -56,22 +60,33 @@ def _room(folder, what, nbytes):
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
         free = shutil.disk_usage(folder).free
-        raise PreprocessError(f'{what} need {nbytes/2**20:,.1f} MiB, and {folder.parent} has {free/2**20:,.1f} MiB free or a limit below; '
+        raise PreprocessError(f'{what} need {nbytes/2**20:,.1f} MiB, '
+                              f'and {folder.parent} has {free/2**20:,.1f} MiB free or a limit below; '
                               'make room or choose a smaller size, then run this again: it resumes.') from None
 
 # %% ../../nbs/175_data.cache.ipynb #01797b46
+def _json_lines(path):
+    "The complete lines of a file of JSON lines"
+    if not path.exists(): return []
+    lines = path.read_bytes().split(b'\n')[:-1]
+    return [json.loads(l) for l in lines]
+
+# %% ../../nbs/175_data.cache.ipynb #14ceb464
 class _Build:
     "The files of a cache that is being built"
     def __init__(self, folder, n, size):
-        self.folder,self.shape = folder, (n, size, size, 3)
-        self.images,self.lines = folder/'images.npy', folder/'measures.jsonl'
+        self.folder = folder
+        self.shape = n, size, size, 3
+        self.images = folder/'images.npy'
+        self.lines = folder/'measures.jsonl'
         if not self.images.exists(): self.create()
 
     def create(self):
         "Reserve the array of pixels; what was known of one that was lost is forgotten"
         new = self.folder/'new.npy'
         for left in (new, self.lines, self.folder/'index.json'): left.unlink(missing_ok=True)
-        with open(new, 'wb') as f: np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=self.shape))
+        header = dict(descr='|u1', fortran_order=False, shape=self.shape)
+        with open(new, 'wb') as f: np.lib.format.write_array_header_1_0(f, header)
         nbytes = new.stat().st_size + int(np.prod(self.shape))
         try:
             with _room(self.folder, f'The pixels of {plural(self.shape[0], "image")}', nbytes): _reserve(new, nbytes)
@@ -81,12 +96,6 @@ class _Build:
     def done(self):
         "Row -> its measures, of the rows that are done"
         return {line.pop('row'): line for line in _json_lines(self.lines)}
-
-def _json_lines(path):
-    "The complete lines of a file of JSON lines"
-    if not path.exists(): return []
-    lines = path.read_bytes().split(b'\n')[:-1]
-    return [json.loads(l) for l in lines]
 
 # %% ../../nbs/175_data.cache.ipynb #eec5cd74
 def _prepare_file(preprocessing, item):
@@ -115,7 +124,8 @@ def _fill(build, cohort, preprocessing, workers):
     "Decode what is left, and write it as it comes"
     left = _left(build.done(), len(cohort))
     items = list(zip(cohort.path, cohort_readings(cohort, preprocessing.reading)))
-    results = decode(partial(_prepare_file, preprocessing), [items[row] for row in left], 'preprocessing', workers, lambda i: i[0])
+    prepare = partial(_prepare_file, preprocessing)
+    results = decode(prepare, [items[row] for row in left], 'preprocessing', workers, lambda i: i[0])
     images = np.load(build.images, mmap_mode='r+')
     with open(os.open(build.lines, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), 'ab') as lines:
         whole = build.lines.read_bytes().rfind(b'\n') + 1
@@ -138,8 +148,18 @@ def _alone(folder):
     finally: lock.release()
 
 # %% ../../nbs/175_data.cache.ipynb #0a55f7fc
+def _cached(folder, n):
+    "Pixels, measures of each of `n` rows, and the number of decoded files, of a finished cache"
+    lines = _json_lines(folder/'measures.jsonl')
+    found = {line['row']: line for line in lines}
+    try: return np.load(folder/'images.npy', mmap_mode='r'), [found[row] for row in range(n)], len(lines)
+    except (OSError, ValueError, KeyError):
+        raise PreprocessError(f'The cache {folder} has lost its pixels; '
+                              'delete this folder, and build_cache makes it again.') from None
+
+# %% ../../nbs/175_data.cache.ipynb #1bc39116
 class Cache:
-    "Preprocessed pixels of a cohort: `images` (N, S, S, 3) uint8, mapped from the disk, and `measures` of all its images"
+    "Preprocessed `images` of a cohort, (N, S, S, 3) uint8 mapped from the disk, and `measures` of all its images"
     def __init__(self,
         folder,     # A folder that `build_cache` has finished
     ):
@@ -149,30 +169,26 @@ class Cache:
                                   'build_cache makes it, and so does `clot run prepare` with the same parameters.')
         index = read_json(self.folder/'index.json')
         self.preprocessing = Preprocessing.from_dict(index['preprocessing'])
-        lines = _json_lines(self.folder/'measures.jsonl')
-        found = {line['row']: line for line in lines}
-        try:
-            self.images = np.load(self.folder/'images.npy', mmap_mode='r')
-            found = [found[row] for row in range(len(index['image_ids']))]
-        except (OSError, ValueError, KeyError):
-            raise PreprocessError(f'The cache {self.folder} has lost its pixels; '
-                                  'delete this folder, and build_cache makes it again.') from None
-        self.decodes = len(lines)                           # How many files were decoded to make it
-        self.measures = measures_table(found, index['image_ids'])
-        self.row_of = {i: r for r,i in enumerate(index['image_ids']) if not found[r]['reason']}
+        image_ids = index['image_ids']
+        self.images,found,self.decodes = _cached(self.folder, len(image_ids))   # decodes: how many files were decoded
+        self.measures = measures_table(found, image_ids)
+        self.row_of = {i: r for r,i in enumerate(image_ids) if not found[r]['reason']}
         self.stain_unchanged = [i for i,r in self.row_of.items() if not found[r]['stained']]
 
-    def rows(self,
-        image_ids,  # N ids
-    )->np.ndarray:  # (N,) rows of `images`
-        "Where images are; a `PreprocessError` if one is not in the cache or cannot be used"
-        missing = [i for i in image_ids if i not in self.row_of]
-        bad = sum(i in self.measures.index for i in missing)
-        if bad: raise PreprocessError(f'{plural(bad, "image")} in the cache cannot be used; remove what quarantine(cohort, cache.measures) finds.')
-        if missing: raise PreprocessError(f'{plural(len(missing), "image")} not in the cache {self.folder.name}; build it for this cohort.')
-        return np.array([self.row_of[i] for i in image_ids], int)
+@patch
+def rows(self:Cache,
+    image_ids,  # N ids
+)->np.ndarray:  # (N,) rows of `images`
+    "Where images are; a `PreprocessError` if one is not in the cache or cannot be used"
+    missing = [i for i in image_ids if i not in self.row_of]
+    bad = sum(i in self.measures.index for i in missing)
+    if bad: raise PreprocessError(f'{plural(bad, "image")} in the cache cannot be used; '
+                                  'remove what quarantine(cohort, cache.measures) finds.')
+    if missing: raise PreprocessError(f'{plural(len(missing), "image")} not in the cache {self.folder.name}; '
+                                      'build it for this cohort.')
+    return np.array([self.row_of[i] for i in image_ids], int)
 
-# %% ../../nbs/175_data.cache.ipynb #e3aa4833
+# %% ../../nbs/175_data.cache.ipynb #bb1d478a
 def build_cache(
     cohort:pd.DataFrame,            # A cohort, labeled or not
     preprocessing:Preprocessing,    # Settings
@@ -192,8 +208,8 @@ def _finish(folder, cohort, preprocessing, workers):
     with _room(folder, 'The files of a cache', 2**20):
         build = _Build(folder, len(cohort), preprocessing.size)
         if _left(build.done(), len(cohort)): _fill(build, cohort, preprocessing, workers)
-        if not (folder/'index.json').exists():
-            write_json(folder/'index.json', dict(preprocessing=preprocessing.to_dict(), image_ids=cohort.image_id.tolist()))
+        index = dict(preprocessing=preprocessing.to_dict(), image_ids=cohort.image_id.tolist())
+        if not (folder/'index.json').exists(): write_json(folder/'index.json', index)
 
 # %% ../../nbs/175_data.cache.ipynb #ed963dbf
 def contact_sheet(
@@ -208,7 +224,8 @@ def contact_sheet(
     cohort = showable(cohort, cache.measures, allow_burned_in)
     labels = cohort.label if 'label' in cohort else pd.Series('no label', cohort.index)
     classes = sorted(labels.unique())
-    fig,axes = plt.subplots(max(1, len(classes)), each, figsize=(1.15*each, 1.25*max(1, len(classes))), layout='constrained', squeeze=False)
+    height = max(1, len(classes))
+    fig,axes = plt.subplots(height, each, figsize=(1.15*each, 1.25*height), layout='constrained', squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)

@@ -48,7 +48,8 @@ def read_and_measure(
     if image.ndim > 3: raise ImageError(path, 'choice', 'all frames were asked for; give the number of one.')
     kind = image_format(path)
     height,width = image.shape[:2]
-    found = dict(reason='', message='', printed='', format=kind, burned_in=kind == 'dicom' and burned_in(path), height=height, width=width)
+    found = dict(reason='', message='', printed='', format=kind, burned_in=kind == 'dicom' and burned_in(path),
+                 height=height, width=width)
     return image, found | _color(image) | dict(hash=perceptual_hash(image))
 
 # %% ../../nbs/145_data.measure.ipynb #c3fbf225
@@ -65,7 +66,8 @@ def measures_table(
     image_ids,      # Their ids
 )->pd.DataFrame:    # Index image_id, the columns of `measure_columns`
     "Measures as a table"
-    return pd.DataFrame(list(rows), columns=measure_columns, index=pd.Index(list(image_ids), name='image_id', dtype=object))
+    index = pd.Index(list(image_ids), name='image_id', dtype=object)
+    return pd.DataFrame(list(rows), columns=measure_columns, index=index)
 
 # %% ../../nbs/145_data.measure.ipynb #b35828fa
 _measured = {}      # A file's state and reading -> its measures
@@ -83,7 +85,7 @@ def measure_images(
     cohort:pd.DataFrame,        # A cohort
     reading:Reading=Reading(),  # Which picture of each file, where the cohort does not say
     workers:int|None=None,      # Processes; None takes one per core
-)->pd.DataFrame:                # Index image_id; the columns of `measure_columns`: sizes in pixels, colors 0 to 255, hash of 256 bits
+)->pd.DataFrame:                # Index image_id; `measure_columns`: sizes in pixels, colors 0 to 255
     "Read every image, unless this process has before, and measure it; `reason` is empty where it can be used"
     items = list(zip(cohort.path, cohort_readings(cohort, reading)))
     states = [_file_state(*i) or i for i in items]
@@ -99,7 +101,7 @@ def quarantine(
     cohort:pd.DataFrame,                # A cohort
     measures:pd.DataFrame|None=None,    # Its measures, from `measure_images` or a cache; None reads every image
     workers:int|None=None,              # Processes for reading; None takes one per core
-):                                      # Usable images, and a table of the others: image_id, patient_id, label if known, path, reason, message
+):                                      # Usable images, and the others: ids, label if known, path, reason, message
     "Separate the images that can be used from those that cannot, each with its reason"
     measures = measure_images(cohort, workers=workers) if measures is None else measures
     found = measures.loc[cohort.image_id]

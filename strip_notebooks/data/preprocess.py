@@ -22,12 +22,12 @@ class PreprocessError(StripError):
 
 @dataclass(frozen=True)
 class Geometry:
-    "Which rectangle of a picture lies in which rectangle of the model's square input; rectangles are (top, left, height, width)"
+    "Which rectangle (top, left, height, width) of a picture becomes which rectangle of the model's square input"
     height:int      # Of the picture, pixels
     width:int       # Of the picture, pixels
     size:int        # Side of the model's input, pixels
     source:tuple    # The part of the picture that is used
-    target:tuple    # Where it lies in the input
+    target:tuple    # Where it is in the input
 
 def square_geometry(
     height:int,     # Of the picture, pixels
@@ -94,7 +94,7 @@ def _density(image):
     return np.maximum(-np.log((image.reshape(-1, 3).astype(np.float32) + 1)/(_glass(image) + 1)), 0)
 
 # %% ../../nbs/170_data.preprocess.ipynb #b22c62ae
-reinhard_reference = (68., 24., -12.), (12., 8., 7.)    # Mean and spread in Lab of the Macenko reference stains at medium density
+reinhard_reference = (68., 24., -12.), (12., 8., 7.)    # Mean and spread in Lab of Macenko's stains, medium density
 
 def reinhard(
     image:np.ndarray,   # (H, W, 3) uint8
@@ -111,7 +111,8 @@ def reinhard(
     return to_uint8(cv2.cvtColor(lab.astype(np.float32), cv2.COLOR_LAB2RGB)), True
 
 # %% ../../nbs/170_data.preprocess.ipynb #55ea67b1
-macenko_stains = np.array([[.5626, .7201, .4062], [.2159, .8012, .5581]])  # Optical density of hematoxylin and eosin (Macenko et al. 2009, reference implementation)
+# Optical density of hematoxylin and eosin (reference implementation of Macenko et al. 2009)
+macenko_stains = np.array([[.5626, .7201, .4062], [.2159, .8012, .5581]])
 macenko_concentrations = np.array([1.9705, 1.0308])     # Their 99th percentiles
 
 def _stain_vectors(tissue):
@@ -126,7 +127,7 @@ def _stain_vectors(tissue):
 def macenko(
     image:np.ndarray,   # (H, W, 3) uint8
 ):                      # (H, W, 3) uint8, and whether it was done
-    "Stain vectors found in optical density and replaced by reference ones (Macenko et al. 2009); unchanged without tissue"
+    "Stain vectors of optical density replaced by reference ones (Macenko et al. 2009); unchanged without tissue"
     density = _density(image)
     tissue = density[(density > .15).all(1)]
     if len(tissue) < max(50, .01*len(density)): return image, False
@@ -150,26 +151,8 @@ def equalize(
 
 # %% ../../nbs/170_data.preprocess.ipynb #fa9808fe
 imagenet = (.485, .456, .406), (.229, .224, .225)       # Mean and spread of ImageNet's channels, 0 to 1
-preprocessing_choices = dict(fit=('pad', 'crop'), stain=('', 'macenko', 'reinhard'), normalize=('imagenet', 'zscore', 'minmax', 'percentile'))
-
-@dataclass(frozen=True)
-class Preprocessing:
-    "What is done to a picture before a model sees it"
-    size:int = 224                  # Pixels, square
-    fit:str = 'pad'                 # 'pad' or 'crop', see `fit_square`
-    stain:str = ''                  # 'macenko', 'reinhard' or '' for none
-    clahe:float = 0.                # Contrast limit of `equalize`; 0 leaves it out
-    normalize:str = 'imagenet'      # 'imagenet', or fitted on the training images: 'zscore', 'minmax', 'percentile' (1st and 99th)
-    shift:tuple = ()                # Per channel, 0 to 1: subtracted; filled by `fit_normalization`
-    scale:tuple = ()                # Per channel, above 0: divided by; filled by `fit_normalization`
-    reading:Reading = Reading()     # Which picture of a file: frame, slice, window, level
-    def __post_init__(self):
-        _check_settings(self)
-        shift,scale = self.shift, self.scale
-        if self.normalize == 'imagenet' and not len(shift): shift,scale = imagenet
-        for name,values in dict(shift=shift, scale=scale).items(): object.__setattr__(self, name, tuple(float(v) for v in values))
-        if len(self.shift) != len(self.scale) or len(self.shift) not in (0, 3) or not all(s > 0 for s in self.scale):
-            raise PreprocessError('shift and scale need three numbers each, the scale above 0.')
+preprocessing_choices = dict(fit=('pad', 'crop'), stain=('', 'macenko', 'reinhard'),
+                             normalize=('imagenet', 'zscore', 'minmax', 'percentile'))
 
 def _check_settings(settings):
     "A `PreprocessError` for a setting out of its range or choices"
@@ -178,9 +161,35 @@ def _check_settings(settings):
         if value not in allowed: raise PreprocessError(f'{name}={value!r} is unknown{nearest(value, allowed)}')
     if not 1 <= settings.size <= 4096: raise PreprocessError(f'size={settings.size} is outside 1 to 4096 pixels.')
     if not 0 <= settings.clahe <= 40: raise PreprocessError(f'clahe={settings.clahe} is outside 0 to 40.')
-    if settings.reading.frame == 'all': raise PreprocessError("frame='all' is many pictures, and an image is one; give a number.")
+    if settings.reading.frame == 'all':
+        raise PreprocessError("frame='all' is many pictures, and an image is one; give a number.")
+
+def _check_normalization(shift, scale):
+    "A `PreprocessError` unless both have three numbers or none, the scale above 0"
+    if len(shift) == len(scale) and len(shift) in (0, 3) and all(s > 0 for s in scale): return
+    raise PreprocessError('shift and scale need three numbers each, the scale above 0.')
 
 # %% ../../nbs/170_data.preprocess.ipynb #06564a3d
+@dataclass(frozen=True)
+class Preprocessing:
+    "What is done to a picture before a model sees it"
+    size:int = 224                  # Pixels, square
+    fit:str = 'pad'                 # 'pad' or 'crop', see `fit_square`
+    stain:str = ''                  # 'macenko', 'reinhard' or '' for none
+    clahe:float = 0.                # Contrast limit of `equalize`; 0 leaves it out
+    normalize:str = 'imagenet'      # Or fitted on the training images: 'zscore', 'minmax', 'percentile' (1st and 99th)
+    shift:tuple = ()                # Per channel, 0 to 1: subtracted; filled by `fit_normalization`
+    scale:tuple = ()                # Per channel, above 0: divided by; filled by `fit_normalization`
+    reading:Reading = Reading()     # Which picture of a file: frame, slice, window, level
+    def __post_init__(self):
+        _check_settings(self)
+        shift,scale = self.shift, self.scale
+        if self.normalize == 'imagenet' and not len(shift): shift,scale = imagenet
+        _check_normalization(shift, scale)
+        object.__setattr__(self, 'shift', tuple(float(v) for v in shift))
+        object.__setattr__(self, 'scale', tuple(float(v) for v in scale))
+
+# %% ../../nbs/170_data.preprocess.ipynb #a8d4ff5d
 @patch
 def to_dict(self:Preprocessing)->dict: # JSON-able
     "The settings as a plain dictionary"
@@ -193,7 +202,9 @@ def from_dict(cls:Preprocessing,
     "The settings from a dictionary; a `PreprocessError` for an unknown one"
     known = [f.name for f in fields(cls)]
     unknown = [n for n in values if n not in known]
-    if unknown: raise PreprocessError(f'{unknown[0]!r} is not a setting of the preprocessing{nearest(unknown[0], known)}')
+    if unknown:
+        hint = nearest(unknown[0], known)
+        raise PreprocessError(f'{unknown[0]!r} is not a setting of the preprocessing{hint}')
     return cls(**{**values, 'reading': Reading(**values.get('reading', {}))})
 
 # %% ../../nbs/170_data.preprocess.ipynb #61e7d53e
@@ -218,17 +229,18 @@ def geometry(self:Preprocessing,
     height:int, # Of the picture, pixels
     width:int,  # Of the picture, pixels
 )->Geometry:    # With `to_original` for maps over the model's input
-    "Where a picture of this size lies in the model's input"
+    "Where a picture of this size is in the model's input"
     return square_geometry(height, width, self.size, self.fit)
 
 # %% ../../nbs/170_data.preprocess.ipynb #6cb1d3e1
 def _ranges(share, by):
-    "Lowest and highest value (3,) of each channel: all of it ('minmax') or its 1st and 99th percentiles; `share` (3, 256) of each value"
+    "Lowest and highest value (3,) or 1st and 99th percentiles of each channel; `share` (3, 256) of each value"
     below = share.cumsum(1)
     low,high = (0, 1) if by == 'minmax' else (.01, .99)
     first = (below > low) if by == 'minmax' else (below >= low - 1e-12)
     return first.argmax(1)/255, (below >= high - 1e-12).argmax(1)/255
 
+# %% ../../nbs/170_data.preprocess.ipynb #dcdbe68d
 def fit_normalization(
     preprocessing:Preprocessing,    # Settings
     images:np.ndarray,              # (N, S, S, 3) uint8, preprocessed, of the training set
@@ -236,8 +248,10 @@ def fit_normalization(
     "Measure on training images what `normalized` must subtract and divide by, one number per channel"
     if preprocessing.normalize == 'imagenet': return preprocessing
     if not len(images): raise PreprocessError('There are no training images to fit the normalization on.')
-    counts = np.stack([sum(np.bincount(image[..., c].ravel(), minlength=256) for image in images) for c in range(3)]).astype(float)
-    share,values = counts/counts.sum(1, keepdims=True), np.arange(256)/255
+    def counted(channel): return sum(np.bincount(i[..., channel].ravel(), minlength=256) for i in images)
+    counts = np.stack([counted(c) for c in range(3)]).astype(float)
+    share = counts/counts.sum(1, keepdims=True)
+    values = np.arange(256)/255
     if preprocessing.normalize == 'zscore':
         shift = share @ values
         scale = np.sqrt(share @ values**2 - shift**2)
@@ -246,17 +260,18 @@ def fit_normalization(
         scale = high - shift
     return replace(preprocessing, shift=tuple(shift), scale=tuple(np.maximum(scale, 1/255)))
 
-# %% ../../nbs/170_data.preprocess.ipynb #dcdbe68d
+# %% ../../nbs/170_data.preprocess.ipynb #15822669
 @patch
 def normalized(self:Preprocessing,
     batch,  # (B, 3, S, S) tensor, uint8
 ):          # (B, 3, S, S) tensor, float32
-    "The numbers that go into the model: pixels from 0 to 1, less `shift`, divided by `scale`; percentiles are clipped at 0 and 1"
+    "The model's input: pixels from 0 to 1, less `shift`, divided by `scale`; percentiles are clipped at 0 and 1"
     import torch
     if not self.shift:
         raise PreprocessError(f'The {self.normalize} normalization is not fitted; '
                               'call fit_normalization with the training images.')
-    if batch.dtype != torch.uint8: raise PreprocessError(f'A batch of {batch.dtype} cannot be normalized; pixels are uint8 until here.')
+    if batch.dtype != torch.uint8:
+        raise PreprocessError(f'A batch of {batch.dtype} cannot be normalized; pixels are uint8 until here.')
     shift,scale = (torch.tensor(v, device=batch.device).view(3, 1, 1)*255 for v in (self.shift, self.scale))
     out = (batch - shift)/scale
     return out.clamp(0, 1) if self.normalize == 'percentile' else out
