@@ -1,4 +1,5 @@
-"""A training that is killed again and again, at random moments and at the worst ones, ends in the same weights.
+"""A training that is killed again and again, at random moments and at the worst ones, ends in the same weights,
+also where a resume is given another number of threads than the run began with.
 
 STRIP_KILLS=10 python -m pytest -n 0 tests/test_kills.py does it ten times over instead of once."""
 import hashlib, os, random, signal, subprocess, sys, tempfile, time
@@ -13,8 +14,12 @@ CLOT = str(Path(sys.executable).parent/'clot')
 ROUNDS = int(os.environ.get('STRIP_KILLS', 1))
 TRAIN = ['run', 'train', '-p', 'epochs=4', '-p', 'batch_size=8', '-p', 'arch=simple_cnn', '-p', 'dropout=0.1', '-p', 'ema=0.9']
 
+def environment(words):
+    "One thread for a new run, two for a resumed one, which must keep to its own number"
+    return {**os.environ, 'OMP_NUM_THREADS': '2' if '--resume' in words else '1'}
+
 def clot(*words, cwd):
-    done = subprocess.run([CLOT, *words], cwd=cwd, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([CLOT, *words], cwd=cwd, capture_output=True, text=True, timeout=600, env=environment(words))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -39,7 +44,8 @@ def half_written(run):
 
 def killed(words, cwd, when, rng):
     "Start `clot` and kill it, or it and its kernel, at a moment; whether it was still at work"
-    process = subprocess.Popen([CLOT, *words], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen([CLOT, *words], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True, env=environment(words))
     until = time.monotonic() + (when if isinstance(when, float) else 300)
     while process.poll() is None and time.monotonic() < until and not (callable(when) and when()): time.sleep(.001)
     alive = process.poll() is None
@@ -81,7 +87,8 @@ def test_killed_and_resumed_until_it_ends(prepared, temporary, seed):
         words = ['run', '--resume', path.name]
     if run_folder() is None or Run(run_folder()).state != 'finished': clot(*words, cwd=folder)
     run = Run(run_folder())
-    assert kills and run.state == 'finished' and weights(run) == expected
+    assert kills and run.status.attempts > 1 and run.environment['threads'] == 1
+    assert run.state == 'finished' and weights(run) == expected
     clot('runs', cwd=folder)
     assert leftovers(temporary) == []
     assert half_written(run) == []
