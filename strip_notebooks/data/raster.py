@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from strip_notebooks.data.images import (ImageError, Limits, Reading, Source, check_choice, check_pixels, image_errors, shown_between,
-    turned)
+from .images import (
+    ImageError, Limits, Reading, Source, check_choice, check_pixels, image_errors, shown_between, turned)
 
 # %% ../../nbs/105_data.raster.ipynb #86618ac6
 def _exif_orientation(exif):
@@ -23,19 +23,21 @@ def _exif_orientation(exif):
     try:
         found.load(exif)
         value = found.get(274)
-    except Exception: return None                                   # metadata that cannot be read hide no picture
+    except Exception: return None                                   # unreadable metadata must not hide a picture
     return value if value in range(1, 9) else None
 
+# %% ../../nbs/105_data.raster.ipynb #c511b434
 def _xmp_orientation(xmp):
     "The orientation in a packet of XMP, or None"
     found = re.search(rb'tiff:Orientation(?:\s*=\s*["\']|>)\s*([1-8])\b', xmp)
     return int(found[1]) if found else None
 
+# %% ../../nbs/105_data.raster.ipynb #db7225ee
 def shown_orientation(
     exif:bytes=b'', # Content of the EXIF block
     xmp:bytes=b'',  # Content of the XMP packet
 )->int:             # 1 to 8; 1 where nothing is said
-    "How a picture is to be turned"
+    "How a picture must be turned"
     return (exif and _exif_orientation(exif)) or _xmp_orientation(xmp) or 1
 
 # %% ../../nbs/105_data.raster.ipynb #54f18a42
@@ -43,20 +45,22 @@ _copy_again = 'copy it again from its source.'
 
 def _png_chunks(source, f, wanted=None):
     "Kind and content of each chunk of a PNG, its checksum compared; those that are not wanted are skipped"
+    within = ImageError(source.name, 'corrupt', f'it ends within a chunk; {_copy_again}')
     f.seek(8)
     kind = b''
     while kind != b'IEND':
         head = f.read(8)
         if len(head) < 8: raise ImageError(source.name, 'corrupt', f'it ends before its last chunk; {_copy_again}')
-        length,kind = struct.unpack('>I4s', head)
-        if length > source.size: raise ImageError(source.name, 'corrupt', f'it ends within a chunk; {_copy_again}')
+        length, kind = struct.unpack('>I4s', head)
+        if length > source.size: raise within
         if wanted is not None and kind not in wanted:
             f.seek(length + 4, 1)
             continue
-        content,checksum = f.read(length),f.read(4)
-        if len(checksum) < 4: raise ImageError(source.name, 'corrupt', f'it ends within a chunk; {_copy_again}')
+        content, checksum = f.read(length), f.read(4)
+        if len(checksum) < 4: raise within
         if zlib.crc32(content, zlib.crc32(kind)) != int.from_bytes(checksum, 'big'):
-            raise ImageError(source.name, 'corrupt', f'the checksum of a chunk does not match its content; {_copy_again}')
+            text = f'the checksum of a chunk does not match its content; {_copy_again}'
+            raise ImageError(source.name, 'corrupt', text)
         yield kind, content
 
 # %% ../../nbs/105_data.raster.ipynb #764ae0a0
@@ -65,27 +69,30 @@ def _raw_profile(text):
     try: return bytes.fromhex(b''.join(text.strip().split(b'\n')[2:]).decode('ascii'))
     except ValueError: return b''
 
+# %% ../../nbs/105_data.raster.ipynb #0c40873f
 def _unpacked(data, most=2**20):
     "A compressed text, up to a length that no sound one has"
     try: return zlib.decompressobj().decompress(data, most)
     except zlib.error: return b''
 
+# %% ../../nbs/105_data.raster.ipynb #32a9041c
 def _png_text(kind, content):
     "Name and text of a text chunk"
-    name,_,rest = content.partition(b'\0')
+    name, _, rest = content.partition(b'\0')
     if kind == b'tEXt': return name, rest
     if kind == b'zTXt': return name, _unpacked(rest[1:])
-    packed,rest = rest[:1] == b'\1', rest[2:]
+    packed, rest = rest[:1] == b'\1', rest[2:]
     text = rest.split(b'\0', 2)[-1]                                 # after a language and a translated name
     return name, _unpacked(text) if packed else text
 
+# %% ../../nbs/105_data.raster.ipynb #eb77e650
 def _png_orientation(chunks):
-    "How a PNG is to be turned"
+    "How a PNG must be turned"
     exif = xmp = b''
-    for kind,content in chunks:
+    for kind, content in chunks:
         if kind == b'eXIf': exif = content
         if kind not in (b'tEXt', b'zTXt', b'iTXt'): continue
-        name,text = _png_text(kind, content)
+        name, text = _png_text(kind, content)
         if name == b'XML:com.adobe.xmp': xmp = text
         if name in (b'Raw profile type exif', b'Raw profile type APP1') and not exif: exif = _raw_profile(text)
         if name == b'Raw profile type xmp' and not xmp: xmp = _raw_profile(text)
@@ -95,16 +102,17 @@ def _png_orientation(chunks):
 _png_metadata = (b'eXIf', b'tEXt', b'zTXt', b'iTXt')
 
 def _png_size(source, data):
-    "Height and width in the header of a PNG, before it is turned"
-    length,kind,width,height = struct.unpack('>I4sII', data[8:24].ljust(16, b'\0'))
+    "Height and width in the header of a PNG, not turned yet"
+    length, kind, width, height = struct.unpack('>I4sII', data[8:24].ljust(16, b'\0'))
     if kind != b'IHDR' or length != 13 or not width or not height:
         raise ImageError(source.name, 'corrupt', f'its header states no size; {_copy_again}')
     return height, width
 
+# %% ../../nbs/105_data.raster.ipynb #a32db393
 def _read_png(source, limits):
     "Pixels of a PNG with their opacity, turned"
     from imagecodecs import png_decode
-    height,width = _png_size(source, source.read(24))
+    height, width = _png_size(source, source.read(24))
     check_pixels(source.name, height*width, limits)
     data = source.read()
     orientation = _png_orientation(_png_chunks(source, io.BytesIO(data)))
@@ -119,7 +127,7 @@ def jpeg_segments(
     "The segments of a JPEG"
     at = 2
     while found := _jpeg_marker.search(data, at):
-        marker,at = found[0][1],found.end()
+        marker, at = found[0][1], found.end()
         if marker == 0xd9:
             yield marker, b''
             return
@@ -136,20 +144,21 @@ class JpegHead:
     width:int=0
     components:int=0
     bits:int=0          # Per component
-    scans:int=0         # How often the picture is gone through
+    scans:int=0         # Passes over the whole picture
     complete:bool=False # Whether the end of the image is there
     exif:bytes=b''
     xmp:bytes=b''
 
+# %% ../../nbs/105_data.raster.ipynb #5e4a40a2
 def jpeg_head(
     data:bytes, # From the first byte of a JPEG or JPEG-LS stream
 )->JpegHead:
     "Size, scans, completeness and metadata of a JPEG"
     head = JpegHead()
-    for marker,content in jpeg_segments(data):
+    for marker, content in jpeg_segments(data):
         frame = marker == 0xf7 or 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc)
         if frame and not head.height and len(content) >= 6:
-            head.bits,head.height,head.width,head.components = struct.unpack('>BHHB', content[:6])
+            head.bits, head.height, head.width, head.components = struct.unpack('>BHHB', content[:6])
         head.scans += marker == 0xda
         head.complete = marker == 0xd9
         if marker == 0xe1 and content[:6] == b'Exif\0\0' and not head.exif: head.exif = content
@@ -163,25 +172,16 @@ def check_jpeg(
     name,           # The file, for the message
     head:JpegHead,
 )->None:
-    "An `ImageError` if a JPEG is cut off, states no size, or has more scans than any picture needs"
-    if not head.height or not head.width: raise ImageError(name, 'corrupt', f'its header states no size; {_copy_again}')
+    "An `ImageError` if a JPEG is truncated, states no size, or has more scans than any picture needs"
+    if not head.height or not head.width:
+        raise ImageError(name, 'corrupt', f'its header states no size; {_copy_again}')
     if head.scans > max_scans:
-        raise ImageError(name, 'too_large', f'it has {head.scans:,} scans, and no picture needs more than {max_scans}; such a file is corrupt or hostile.')
-    if not head.complete: raise ImageError(name, 'corrupt', f'it ends before its end-of-image marker; {_copy_again}')
+        raise ImageError(name, 'too_large', f'it has {head.scans:,} scans, and no picture needs more than {max_scans}; '
+                                            'such a file is corrupt or hostile.')
+    if not head.complete:
+        raise ImageError(name, 'corrupt', f'it ends before its end-of-image marker; {_copy_again}')
 
 # %% ../../nbs/105_data.raster.ipynb #cf15df4f
-def _read_jpeg(source, limits):
-    "Pixels of a JPEG, turned; those of more than 8 bits as fractions of their range"
-    from imagecodecs import jpeg8_decode
-    data = source.read()
-    head = jpeg_head(data)
-    check_pixels(source.name, head.height*head.width, limits)
-    check_jpeg(source.name, head)
-    if head.components in (1, 3): a = jpeg8_decode(data)
-    else: a = _read_by_pillow(source)                               # inks, which some programs store inverted
-    if a.dtype == np.uint16: a = np.divide(a, 2**head.bits - 1, dtype=np.float32)
-    return turned(a, shown_orientation(head.exif, head.xmp))
-
 def _read_by_pillow(source):
     "Pixels of a raster image as Pillow decodes them, as gray, RGB or RGBA"
     from PIL import Image
@@ -189,17 +189,32 @@ def _read_by_pillow(source):
         if image.mode == '1': return np.asarray(image)
         return np.asarray(image if image.mode in ('L', 'RGB', 'RGBA') else image.convert('RGB'))
 
+# %% ../../nbs/105_data.raster.ipynb #0b3e79d0
+def _read_jpeg(source, limits):
+    "Pixels of a JPEG, turned; those of more than 8 bits as fractions of their range"
+    from imagecodecs import jpeg8_decode
+    data = source.read()
+    head = jpeg_head(data)
+    check_pixels(source.name, head.height*head.width, limits)
+    check_jpeg(source.name, head)
+    a = jpeg8_decode(data) if head.components in (1, 3) else _read_by_pillow(source)
+    if a.dtype == np.uint16: a = np.divide(a, 2**head.bits - 1, dtype=np.float32)
+    return turned(a, shown_orientation(head.exif, head.xmp))
+
 # %% ../../nbs/105_data.raster.ipynb #12462a63
 def _bmp_size(source, data):
     "Height and width in the header of a BMP"
     old = data[14:18] == b'\x0c\0\0\0'
-    width,height = struct.unpack('<HH', data[18:22].ljust(4, b'\0')) if old else struct.unpack('<ii', data[18:26].ljust(8, b'\0'))
-    if width <= 0 or not height: raise ImageError(source.name, 'corrupt', f'its header states no size; {_copy_again}')
+    layout, stated = ('<HH', data[18:22].ljust(4, b'\0')) if old else ('<ii', data[18:26].ljust(8, b'\0'))
+    width, height = struct.unpack(layout, stated)
+    if width <= 0 or not height:
+        raise ImageError(source.name, 'corrupt', f'its header states no size; {_copy_again}')
     return abs(height), width
 
+# %% ../../nbs/105_data.raster.ipynb #9a8b27db
 def _read_bmp(source, limits):
     "Pixels of a BMP"
-    height,width = _bmp_size(source, source.read(26))
+    height, width = _bmp_size(source, source.read(26))
     check_pixels(source.name, height*width, limits)
     return _read_by_pillow(source)
 
@@ -211,24 +226,27 @@ def _check_raster(source, reading):
     check_choice(source.name, reading.frame or 0, 1, 'frame')
     check_choice(source.name, reading.level, 1, 'level')
 
+# %% ../../nbs/105_data.raster.ipynb #f3216902
 def read_raster(
     source:Source,              # A PNG, JPEG or BMP
     reading:Reading=Reading(),
     limits:Limits=Limits(),
 )->np.ndarray:                  # (H, W) or (H, W, C)
-    "Pixels of a PNG, JPEG or BMP, turned as they are to be seen"
+    "Pixels of a PNG, JPEG or BMP, turned"
     with image_errors(source.name):
         _check_raster(source, reading)
-        return shown_between(source.name, _raster_readers[source.read(2)](source, limits), reading.window)
+        a = _raster_readers[source.read(2)](source, limits)
+        return shown_between(source.name, a, reading.window)
 
 # %% ../../nbs/105_data.raster.ipynb #0cc92784
 def _jpeg_start(source):
-    "What the segments at the start of a JPEG say, without reading all of it where the size is found sooner"
+    "What the segments of a JPEG say, read from its first MiB if the size is there"
     head = jpeg_head(source.read(2**20))
     if not head.height: head = jpeg_head(source.read())
     check_jpeg(source.name, JpegHead(head.height, head.width, complete=True))
     return head
 
+# %% ../../nbs/105_data.raster.ipynb #7378ce70
 def raster_size(
     source:Source,              # A PNG, JPEG or BMP
     reading:Reading=Reading(),
@@ -237,21 +255,25 @@ def raster_size(
     "Size of a PNG, JPEG or BMP from its header"
     with image_errors(source.name), source.open() as f:
         _check_raster(source, reading)
-        kind,orientation = source.read(2),1
-        if kind == b'BM': size = _bmp_size(source, source.read(26))
-        elif kind == b'\xff\xd8':
+        kind = source.read(2)
+        if kind == b'BM': return _bmp_size(source, source.read(26))
+        if kind == b'\xff\xd8':
             head = _jpeg_start(source)
-            size,orientation = (head.height, head.width),shown_orientation(head.exif, head.xmp)
-        else: size,orientation = _png_size(source, source.read(24)),_png_orientation(_png_chunks(source, f, _png_metadata))
+            size, orientation = (head.height, head.width), shown_orientation(head.exif, head.xmp)
+        else:
+            size = _png_size(source, source.read(24))
+            orientation = _png_orientation(_png_chunks(source, f, _png_metadata))
         return size if orientation < 5 else size[::-1]
 
-# %% ../../nbs/105_data.raster.ipynb #656cc1c2
+# %% ../../nbs/105_data.raster.ipynb #e7242f05
 def _jpeg2000_size(data):
-    "Height and width that a JPEG 2000 stream states; of several the largest, should one be there to deceive"
+    "Height and width that a JPEG 2000 stream states; the largest, if a hostile one states several"
     heads = [data[m.end() + 4:m.end() + 20] for m in re.finditer(rb'\xff\x4f\xff\x51', data)]
     sizes = [struct.unpack('>4I', h) for h in heads if len(h) == 16]
-    return (max(y - top for _,y,_,top in sizes), max(x - left for x,_,left,_ in sizes)) if sizes else None
+    if not sizes: return None
+    return max(y - top for _, y, _, top in sizes), max(x - left for x, _, left, _ in sizes)
 
+# %% ../../nbs/105_data.raster.ipynb #699d7979
 def stream_size(
     data:bytes, # A JPEG, JPEG-LS or JPEG 2000 stream
 )->tuple:       # height, width; None if it has no head
