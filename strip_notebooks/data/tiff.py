@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from .images import (ImageError, Limits, Reading, Source, by_rows, check_choice, check_pixels, image_errors, on_white,
+from .images import (
+    ImageError, Limits, Reading, Source, by_rows, check_choice, check_pixels, image_errors, on_white,
     shown_between, turned, unit_range)
 from .raster import check_jpeg, jpeg_head, shown_orientation, stream_size
 
@@ -20,15 +21,18 @@ def _page_count(source):
     "The number of pages; an `ImageError` if they lead in a circle"
     with source.open() as f:
         head = f.read(16).ljust(16, b'\0')
-        order,big = ('<' if head[:2] == b'II' else '>'),head[2:4] in (b'+\0', b'\0+')
-        number,width,entry = ('Q', 8, 20) if big else ('I', 4, 12)
+        order, big = '<' if head[:2] == b'II' else '>', head[2:4] in (b'+\0', b'\0+')
+        number, width, entry = ('Q', 8, 20) if big else ('I', 4, 12)
+        count, digits = ('Q', 8) if big else ('H', 2)
         (at,) = struct.unpack(order + number, head[8:16] if big else head[4:8])
         seen = set()
         while 0 < at < source.size:
-            if at in seen: raise ImageError(source.name, 'corrupt', 'its pages lead in a circle; such a file is corrupt or hostile.')
+            if at in seen:
+                text = 'its pages lead in a circle; such a file is corrupt or hostile.'
+                raise ImageError(source.name, 'corrupt', text)
             seen.add(at)
             f.seek(at)
-            (tags,) = struct.unpack(order + ('Q' if big else 'H'), f.read(8 if big else 2).ljust(8 if big else 2, b'\0'))
+            (tags,) = struct.unpack(order + count, f.read(digits).ljust(digits, b'\0'))
             if tags > 4096: break
             f.seek(tags*entry, 1)
             following = f.read(width)
@@ -42,65 +46,74 @@ def _level_page(source, f, page, reading):
     else: levels = [level.keyframe for level in f.series[0].levels] if f.series else [page]
     return levels[check_choice(source.name, reading.level, len(levels), 'level')]
 
+# %% ../../nbs/110_data.tiff.ipynb #9412d0e3
 @contextmanager
 def _open_page(source, reading):
     "One page in tifffile, its tags read and its size stated"
     import tifffile
     with tifffile.TiffFile(source.path or source.open()) as f:
-        if reading.frame or reading.level: index = check_choice(source.name, reading.frame or 0, _page_count(source), 'page')
-        else: index = 0
+        index = 0
+        if reading.frame or reading.level:
+            index = check_choice(source.name, reading.frame or 0, _page_count(source), 'page')
         try: page = f.pages[index]
-        except IndexError: raise ImageError(source.name, 'corrupt', 'it has no page; copy it again from its source.') from None
+        except IndexError:
+            raise ImageError(source.name, 'corrupt', 'it has no page; copy it again from its source.') from None
         if reading.level: page = _level_page(source, f, page, reading)
         if page.imagelength < 1 or page.imagewidth < 1:
             raise ImageError(source.name, 'corrupt', 'its page has no size; copy it again from its source.')
         yield page
 
 def _orientation(page):
-    "How a page is to be turned: by its tag, or by XMP where it has none"
-    tag,xmp = page.tags.valueof(274, None),page.tags.valueof(700, b'')
+    "How a page must be turned: by its tag, or by XMP where it has none"
+    tag, xmp = page.tags.valueof(274, None), page.tags.valueof(700, b'')
     if tag in range(1, 9): return tag
     return shown_orientation(xmp=xmp if isinstance(xmp, bytes) else b'')
 
 # %% ../../nbs/110_data.tiff.ipynb #e9a7e7e2
 _jpeg_in_tiff = (6, 7, 33007, 34892)
 _jpeg2000_in_tiff = (33003, 33004, 33005, 34712)
-_packed_in_tiff = (1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000)     # none, CCITT, LZW, deflate, PackBits, LZMA, Zstandard
+# None, CCITT, LZW, deflate, PackBits, LZMA, Zstandard
+_packed_in_tiff = (1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000)
 _photometrics = ('MINISWHITE', 'MINISBLACK', 'RGB', 'PALETTE', 'SEPARATED', 'YCBCR')
 
 def _check_page(name, page):
     "An `ImageError` unless a page is one picture of a kind that is read here, all of it in the file"
     if page.imagedepth != 1: raise ImageError(name, 'unsupported', 'a page holds a volume; save its slices as pages.')
     if page.samplesperpixel > 4:
-        raise ImageError(name, 'unsupported', f'its pixels have {page.samplesperpixel} channels; save the ones to be seen as gray, RGB or RGBA.')
+        raise ImageError(name, 'unsupported', f'its pixels have {page.samplesperpixel} channels; '
+                                              'save the ones to be seen as gray, RGB or RGBA.')
     if page.photometric.name not in _photometrics:
         raise ImageError(name, 'unsupported', f'its colors are stored as {page.photometric.name}; save it as RGB.')
     if page.compression not in _jpeg_in_tiff + _jpeg2000_in_tiff + _packed_in_tiff:
-        raise ImageError(name, 'unsupported', f'its coding ({page.compression.name}) is not read here; save it with LZW, deflate or JPEG.')
+        raise ImageError(name, 'unsupported', f'its coding ({page.compression.name}) is not read here; '
+                                              'save it with LZW, deflate or JPEG.')
     expected = math.prod(page.chunked)
     if len(page.dataoffsets) < expected or len(page.databytecounts) < expected:
-        raise ImageError(name, 'corrupt', f'it lists {len(page.dataoffsets)} of its {expected} strips or tiles; copy it again from its source.')
-    if max(o + n for o,n in zip(page.dataoffsets, page.databytecounts)) > page.parent.filehandle.size:
+        raise ImageError(name, 'corrupt', f'it lists {len(page.dataoffsets)} of its {expected} strips or tiles; '
+                                          'copy it again from its source.')
+    if max(o + n for o, n in zip(page.dataoffsets, page.databytecounts)) > page.parent.filehandle.size:
         raise ImageError(name, 'corrupt', 'it ends before its last strip or tile; copy it again from its source.')
 
 # %% ../../nbs/110_data.tiff.ipynb #0bb6a747
 def _check_stream(name, page, data, rows, columns):
-    "An `ImageError` if a stream is cut off, or would unpack to more than its place in the picture"
-    height,width = stream_size(data) or (math.inf, math.inf)
+    "An `ImageError` if a stream is truncated, or would unpack to more than its place in the picture"
+    height, width = stream_size(data) or (math.inf, math.inf)
     if height > rows + 15 or width > columns + 15:
-        raise ImageError(name, 'corrupt', f'a tile of {columns} x {rows} pixels holds a stream of {width} x {height} or none; '
-                                          'such a file is corrupt or hostile.')
+        raise ImageError(name, 'corrupt', f'a tile of {columns} x {rows} pixels holds a stream of {width} x {height} '
+                                          'or none; such a file is corrupt or hostile.')
     if page.compression in _jpeg_in_tiff: check_jpeg(name, jpeg_head(data))
     elif not data.rstrip(b'\0').endswith(b'\xff\xd9'):
-        raise ImageError(name, 'corrupt', 'a JPEG 2000 stream in it ends before its end; copy it again from its source.')
+        text = 'a JPEG 2000 stream in it ends before its end; copy it again from its source.'
+        raise ImageError(name, 'corrupt', text)
 
+# %% ../../nbs/110_data.tiff.ipynb #ff2e1094
 def _check_segments(name, page, limits):
     "An `ImageError` if a strip or tile of a page would unpack to more than its place in the picture"
-    rows,columns = min(page.rowsperstrip, page.imagelength),page.imagewidth
-    if page.is_tiled: rows,columns = page.tilelength,page.tilewidth
+    rows, columns = min(page.rowsperstrip, page.imagelength), page.imagewidth
+    if page.is_tiled: rows, columns = page.tilelength, page.tilewidth
     check_pixels(name, rows*columns, limits)
     if page.compression in _packed_in_tiff: return
-    for data,_ in page.parent.filehandle.read_segments(page.dataoffsets, page.databytecounts):
+    for data, _ in page.parent.filehandle.read_segments(page.dataoffsets, page.databytecounts):
         if data: _check_stream(name, page, data, rows, columns)         # a tile left out is background
 
 # %% ../../nbs/110_data.tiff.ipynb #cc63fee4
@@ -112,11 +125,13 @@ def _whole_range(page, a):
     if bits < 8: return (a*(255/top) + .5).astype(np.uint8)
     return np.divide(a, top, dtype=np.float32)
 
+# %% ../../nbs/110_data.tiff.ipynb #c3e4877a
 def _palette_colors(page, a):
     "The colors that the indices stand for"
     colors = (np.moveaxis(page.colormap, 0, -1) >> 8).astype(np.uint8)
     return colors[a.astype(np.intp)]
 
+# %% ../../nbs/110_data.tiff.ipynb #c9b00287
 def _cmyk_colors(a):
     "Inks as colors, by the plain formula: what the ink and the black let through"
     top = 255 if a.dtype == np.uint8 else 1
@@ -124,30 +139,35 @@ def _cmyk_colors(a):
     colors = through[..., :3]*through[..., 3:]
     return (colors*255 + .5).astype(np.uint8) if top == 255 else colors
 
+# %% ../../nbs/110_data.tiff.ipynb #85cb605a
 def _ycbcr_colors(a):
     "RGB of luma and color differences, by ITU-R BT.601, uint8 as in Pillow"
     from PIL import Image
     if a.dtype != np.uint8: raise NotImplementedError('luma of more than 8 bits')
     return np.asarray(Image.fromarray(a, 'YCbCr').convert('RGB'))
 
+# %% ../../nbs/110_data.tiff.ipynb #a6878418
 def _inverted(a):
     "White for black"
     if a.dtype == bool: return ~a
     return 255 - a if a.dtype == np.uint8 else 1 - a
 
-# %% ../../nbs/110_data.tiff.ipynb #a6878418
+# %% ../../nbs/110_data.tiff.ipynb #6bcf064a
 _color_channels = dict(MINISWHITE=1, MINISBLACK=1, PALETTE=1, RGB=3, YCBCR=3, SEPARATED=4)
 
 def _split_opacity(name, page, a):
     "The colors, the opacity or None, and whether the colors are multiplied by it"
     count = _color_channels[page.photometric.name]
     if a.ndim == 2: a = a[..., None]
-    if a.shape[-1] < count: raise ImageError(name, 'corrupt', f'it has {a.shape[-1]} channels for {page.photometric.name}; copy it again from its source.')
+    if a.shape[-1] < count:
+        raise ImageError(name, 'corrupt', f'it has {a.shape[-1]} channels for {page.photometric.name}; '
+                                          'copy it again from its source.')
     if a.shape[-1] == count: return a, None, False
     extra = [int(e) for e in page.extrasamples or ()][:1]
     if extra and extra[0] not in (1, 2, 999): return a[..., :count], None, False
     return a[..., :count], a[..., count:count + 1], extra == [1]
 
+# %% ../../nbs/110_data.tiff.ipynb #894d4d2c
 def _colors(page, a):
     "The color channels as gray or RGB, in the range of their type"
     photometric = page.photometric.name
@@ -160,7 +180,7 @@ def _colors(page, a):
 # %% ../../nbs/110_data.tiff.ipynb #691537bc
 def _shown_rows(name, page, window, a):
     "Some rows of stored numbers as gray or RGB on white"
-    a,opacity,multiplied = _split_opacity(name, page, a)
+    a, opacity, multiplied = _split_opacity(name, page, a)
     if page.photometric.name == 'PALETTE': return shown_between(name, _colors(page, a), window)
     if window and opacity is not None:
         raise ImageError(name, 'choice', 'it has an opacity channel, which a window cannot change; leave window out.')
@@ -169,20 +189,23 @@ def _shown_rows(name, page, window, a):
     if opacity is None: return a
     return on_white(np.concatenate([a, unit_range(name, _whole_range(page, opacity))], -1), multiplied)
 
+# %% ../../nbs/110_data.tiff.ipynb #714307f4
 def _shown_page(name, page, window):
     "Pixels of a page as gray or RGB on white, not turned yet"
     a = page.asarray(maxworkers=1)
-    if a.ndim == 3 and page.planarconfig.name == 'SEPARATE' and page.samplesperpixel > 1: a = np.moveaxis(a, 0, -1)
-    if a.dtype == np.uint8 and a.shape[2:] == (3,) and page.photometric.name == 'RGB' and not window: return a     # as it is
+    planes = a.ndim == 3 and page.planarconfig.name == 'SEPARATE' and page.samplesperpixel > 1
+    if planes: a = np.moveaxis(a, 0, -1)
+    plain = a.dtype == np.uint8 and a.shape[2:] == (3,) and page.photometric.name == 'RGB'
+    if plain and not window: return a
     return by_rows(lambda rows: _shown_rows(name, page, window, rows), a)
 
-# %% ../../nbs/110_data.tiff.ipynb #714307f4
+# %% ../../nbs/110_data.tiff.ipynb #5b3ae6f2
 def read_tiff(
     source:Source,              # A TIFF
     reading:Reading=Reading(),
     limits:Limits=Limits(),
 )->np.ndarray:                  # (H, W, 1) or (H, W, 3)
-    "Pixels of one page or level of a TIFF, turned as they are to be seen"
+    "Pixels of one page or level of a TIFF, turned"
     with image_errors(source.name), _open_page(source, reading) as page:
         check_pixels(source.name, page.imagelength*page.imagewidth, limits)
         _check_page(source.name, page)
