@@ -175,6 +175,7 @@ class Cache:
         self.row_of = {i: r for r,i in enumerate(image_ids) if not found[r]['reason']}
         self.stain_unchanged = [i for i,r in self.row_of.items() if not found[r]['stained']]
 
+# %% ../../nbs/175_data.cache.ipynb #46b9ecb4
 @patch
 def rows(self:Cache,
     image_ids,  # N ids
