@@ -122,17 +122,27 @@ def loaders(self:ImageClassifier)->tuple:
 
 # %% ../../nbs/430_training.classifier.ipynb #3562c2a4
 @patch
-def size(self:ImageClassifier, batch)->int:
+def size(self:ImageClassifier,
+    batch,  # From a loader
+)->int:
     "Images of a batch"
     return len(batch['target'])
 
 @patch
-def logits(self:ImageClassifier, model, batch)->torch.Tensor:
-    "The network's output for the normalized images, (B, C)"
+def logits(self:ImageClassifier,
+    model,  # The network
+    batch,  # From a loader
+)->torch.Tensor: # (B, C)
+    "The network's output for the normalized images"
     return model(self.preprocessing.normalized(batch['image']))
 
+# %% ../../nbs/430_training.classifier.ipynb #7a5c1e03
 @patch
-def loss(self:ImageClassifier, model, batch, seed:int)->torch.Tensor:
+def loss(self:ImageClassifier,
+    model,      # The network
+    batch,      # From the training loader
+    seed:int,   # The batch's own
+)->torch.Tensor:
     "The mean loss of a batch, after MixUp or CutMix"
     config = self.config
     image,target = self.preprocessing.normalized(batch['image']),batch['target']
@@ -142,7 +152,9 @@ def loss(self:ImageClassifier, model, batch, seed:int)->torch.Tensor:
     return self.criterion(model(image), target)
 
 @patch
-def scores(self:ImageClassifier, logits:torch.Tensor)->dict:
+def scores(self:ImageClassifier,
+    logits:torch.Tensor,    # Of the validation images, (N, C)
+)->dict:
     "The scores of the validation patients, see `patient_scores`"
     predictions = make_predictions(self.rows['val'], class_probabilities(logits.numpy()), self.classes)
     return patient_scores(aggregate_patients(predictions), self.classes, self.prior)
@@ -259,7 +271,10 @@ class LiveCurve:
         if style == 'widget': self.draw(history)
         elif style != 'none': print(self.line(history.iloc[-1]), flush=True)
 
-    def draw(self, history):
+    def draw(self,
+        history:pd.DataFrame,   # One row per epoch
+    ):
+        "Draw the curve, in place of the one before"
         import matplotlib.pyplot as plt
         from IPython.display import display
         figure = history_figure(history)
@@ -267,10 +282,15 @@ class LiveCurve:
         else: self.handle.update(figure)
         plt.close(figure)                   # else it would be shown again when the cell ends
 
-    def line(self, row):
-        seconds,self.began = time.perf_counter() - self.began,time.perf_counter()
-        return (f'epoch {row.epoch:.0f} of {self.epochs}: training loss {row.train_loss:.3f}, validation log loss '
-                f'{row.weighted_log_loss:.3f}, AUC {row.auc:.3f}, {seconds:.1f} s')
+# %% ../../nbs/430_training.classifier.ipynb #7a5c1e04
+@patch
+def line(self:LiveCurve,
+    row,    # The last epoch of the history
+)->str:
+    "An epoch as a line of text"
+    seconds,self.began = time.perf_counter() - self.began,time.perf_counter()
+    return (f'epoch {row.epoch:.0f} of {self.epochs}: training loss {row.train_loss:.3f}, validation log loss '
+            f'{row.weighted_log_loss:.3f}, AUC {row.auc:.3f}, {seconds:.1f} s')
 
 # %% ../../nbs/430_training.classifier.ipynb #92281953
 class Board:
@@ -287,6 +307,7 @@ class Board:
         self.writer.flush()
 
     def close(self):
+        "Write what is left"
         if self.writer is not None: self.writer.close()
 
 # %% ../../nbs/430_training.classifier.ipynb #44b62ea1

@@ -40,10 +40,10 @@ def cross_validate(
     config:TrainConfig,     # Settings of every fold's training
     folder,                 # Where to write; a cross-validation that was interrupted there resumes
 )->pd.DataFrame:            # Predictions, one row per image (and repeat), with columns repeat and fold
-    "Train one model per fold and return the out-of-fold predictions, also written to predictions.csv"
+    "Train one model per fold and return the out-of-fold predictions, also written to out-of-fold.csv"
     which = folds[['repeat', 'fold']].drop_duplicates().sort_values(['repeat', 'fold']).astype(int)
     tables = [train_fold(cohort, folds, tuple(row), cache, preprocessing, config, folder)
               for row in progress(which.values.tolist(), 'folds')]
     predictions = check_predictions(pd.concat(tables, ignore_index=True))
-    save_predictions(Path(folder)/'predictions.csv', predictions)
+    save_predictions(Path(folder)/'out-of-fold.csv', predictions)
     return predictions

@@ -30,16 +30,41 @@ class Task:
 
     def network(self)->nn.Module: "A fresh network, its start drawn from torch's generator"
     def loaders(self)->tuple: "Batches for training, with `set_epoch`, and batches for validation in a fixed order"
-    def size(self, batch)->int: "How many samples a batch has"
-    def logits(self, model, batch)->torch.Tensor: "What the network returns for a batch, (N, C)"
-    def loss(self, model, batch, seed:int)->torch.Tensor: "The mean loss of a training batch; `seed` is the batch's own"
-    def scores(self, logits:torch.Tensor)->dict: "The scores of `better` from all logits of the validation loader"
-    def fingerprint(self): "All that decides the weights beside the trainer's settings, as JSON can hold it"
-    def parts(self, net, trainer)->tuple: "What its bundle holds: the spec, and the files as name -> bytes"
+    def size(self,
+        batch,      # From a loader
+    )->int: "How many samples a batch has"
+    def logits(self,
+        model,      # The network
+        batch,      # From a loader
+    )->torch.Tensor: "What the network returns for a batch, (N, C)"
+    def loss(self,
+        model,      # The network
+        batch,      # From the training loader
+        seed:int,   # The batch's own
+    )->torch.Tensor: "The mean loss of a training batch"
 
-    def begin_epoch(self, net:nn.Module, epoch:int):
-        "Prepare the network for epoch `epoch`, from 0: here one could unfreeze a stage"
-        net.train()
+# %% ../../nbs/420_training.trainer.ipynb #7a5c1e02
+@patch
+def scores(self:Task,
+    logits:torch.Tensor,    # All logits of the validation loader, (N, C)
+)->dict: "The scores of `better`"
+
+@patch
+def fingerprint(self:Task): "All that decides the weights beside the trainer's settings, as JSON can hold it"
+
+@patch
+def parts(self:Task,
+    net,        # The network of the best epoch
+    trainer,    # The `Trainer`, for a summary of the training
+)->tuple: "What its bundle holds: the spec, and the files as name -> bytes"
+
+@patch
+def begin_epoch(self:Task,
+    net:nn.Module,  # The network in training
+    epoch:int,      # Number of the epoch, from 0
+):
+    "Prepare the network for an epoch: here one could unfreeze a stage"
+    net.train()
 
 # %% ../../nbs/420_training.trainer.ipynb #ce284051
 def pick_device(
