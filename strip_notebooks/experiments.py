@@ -11,7 +11,7 @@ import ast, contextlib, errno, io, logging, os, shlex, shutil, signal, sys, temp
 from dataclasses import asdict
 from pathlib import Path
 
-from .core import StripError, nearest, read_json, remove_temporaries, write_json, write_text
+from .core import StripError, nearest, plural, read_json, remove_temporaries, write_json, write_text
 from .processes import remove_worker_files
 from .runs import Owner, Run, RunError, list_runs, new_run, process_started, workspace
 from .settings import step_settings
@@ -298,7 +298,8 @@ def _check_handles(
     except ImportError: return                  # Windows has no such limit
     limit, used = resource.getrlimit(resource.RLIMIT_NOFILE)[0], psutil.Process().num_fds()
     if limit == resource.RLIM_INFINITY or limit - used >= needed: return
-    raise ExperimentError(f'only {limit} files can be open at once, which is too few; allow more with `ulimit -n 1024`.')
+    raise ExperimentError(f'only {plural(limit, "file")} can be open at once, which is too few; '
+                          'allow more with `ulimit -n 1024`.')
 
 # %% ../nbs/900_experiments.ipynb #e73bc37d
 def _papermill(path, run, kernel, show):
