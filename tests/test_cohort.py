@@ -195,7 +195,7 @@ def test_errors_say_what_and_where():
 
 
 def test_labels_that_differ_by_capitals_are_pointed_out(tmp_path):
-    with pytest.warns(CohortWarning, match='spaces or capitals, the first at row 2'): check_cohort(table(label=['CE', 'LAA', 'ce']*3))
+    with pytest.warns(CohortWarning, match='spaces or capitals only, the first at row 2'): check_cohort(table(label=['CE', 'LAA', 'ce']*3))
     assert set(check_cohort(table(label=['CE', ' LAA', 'CE ']*3)).label) == {'CE', 'LAA'}
 
 

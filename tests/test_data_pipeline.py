@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from strip_notebooks.audit import audit_leakage
 from strip_notebooks.core import read_json
 from strip_notebooks.data.augment import policy, policy_names
 from strip_notebooks.data.cache import Cache, build_cache, contact_sheet
@@ -16,6 +17,7 @@ from strip_notebooks.data.images import Reading
 from strip_notebooks.data.loading import CohortImages, make_loader
 from strip_notebooks.data.measure import measure_images, quarantine
 from strip_notebooks.data.preprocess import Preprocessing, PreprocessError
+from strip_notebooks.splits import split_patients
 
 SETTINGS = Preprocessing(size=48)
 
@@ -156,6 +158,23 @@ def test_a_full_disk_is_an_error_before_the_first_image(tmp_path, small_disk):
     assert not [f for f in small_disk.glob('*/*') if f.suffix in ('.npy', '.jsonl', '.json')]
 
 
+def test_a_disk_that_another_program_fills_is_an_error_and_the_build_resumes(tmp_path, small_disk):
+    "Held at its third row, while another file takes what is left: the pixels have their room, what else is written has not"
+    cohort = draw(tmp_path/'pictures', 40)
+    save_cohort(small_disk/'cohort.csv', cohort)
+    builder = start(BUILD, small_disk, 2, 'wait')
+    assert builder.stdout.readline() == 'waiting at a row\n'
+    with open(small_disk/'filler', 'wb', buffering=0) as f, pytest.raises(OSError):
+        while True: f.write(bytes(4096))
+    _,error = builder.communicate('\n', timeout=120)
+    assert builder.returncode == 1 and 'PreprocessError: The ' in error and 'make room' in error, error
+    (small_disk/'filler').unlink()
+    resumed = build_cache(cohort, STAINED, small_disk/'cache', workers=1)
+    whole = build_cache(cohort, STAINED, tmp_path/'whole', workers=1)
+    np.testing.assert_array_equal(resumed.images, whole.images)
+    assert resumed.decodes == 40 and not resumed.measures.reason.any()
+
+
 def test_every_good_image_is_good_whatever_the_room(tmp_path):
     "A limit of the file's size stands for a disk that has no more room, at every number of bytes that matters"
     save_cohort(tmp_path/'cohort.csv', draw(tmp_path/'pictures', 6))
@@ -210,15 +229,17 @@ def test_bad_files_are_rows_with_a_reason(tmp_path):
 
 
 def test_after_the_cache_no_file_is_read(tmp_path):
-    cohort = draw(tmp_path/'pictures', 12)
+    cohort = draw(tmp_path/'pictures', 40)
     cache = build_cache(cohort, SETTINGS, tmp_path/'cache', workers=1)
     measured = measure_images(cohort)
     pd.testing.assert_frame_equal(cache.measures, measured, check_dtype=False)
     for p in cohort.path: os.remove(p)
     good,bad = quarantine(cohort, cache.measures)
-    assert len(good) == 12 and not len(bad) and cache.decodes == 12
+    assert len(good) == 40 and not len(bad) and cache.decodes == 40
     validate(good, cache.measures)
     assert contact_sheet(good, cache, each=2)
+    report = audit_leakage(split_patients(good), cache.measures, cache)
+    assert len(report.table) > 5
 
 
 def test_what_failed_for_want_of_time_is_tried_again(tmp_path):
