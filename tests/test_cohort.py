@@ -302,6 +302,16 @@ def test_folders_that_are_no_cohort(tmp_path):
     assert 'loose' not in str(error.value)
 
 
+def test_a_file_name_that_is_not_utf8_is_an_error(tmp_path):
+    "Such a name, as an old disk holds it, cannot be written to the tables"
+    draw(tmp_path/'CE'/'p1'/'a.png')
+    (tmp_path/'LAA'/'p2').mkdir(parents=True)
+    try: os.link(tmp_path/'CE'/'p1'/'a.png', os.fsencode(tmp_path/'LAA'/'p2') + b'/M\xfcller.png')
+    except OSError: pytest.skip('this file system takes names in UTF-8 only')
+    with pytest.raises(CohortError, match='1 image in .* not in UTF-8') as error: cohort_from_folder(tmp_path)
+    assert 'ller' not in str(error.value)
+
+
 def test_a_patient_in_the_folders_of_two_labels(tmp_path):
     draw(tmp_path/'CE'/'p1'/'a.png'); draw(tmp_path/'LAA'/'p1'/'b.png', 1)
     with pytest.raises(CohortError, match='two labels'): cohort_from_folder(tmp_path)

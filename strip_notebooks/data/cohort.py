@@ -49,12 +49,11 @@ def _column_hint(name, columns, expected=columns_needed):
 
 def _check_repeated(columns):
     "A `CohortError` if a column name occurs twice; named by position, as it may be data of a table without a header"
-    columns = list(columns)
-    for i,c in enumerate(columns):
-        if c not in columns[:i]: continue
+    first = {}
+    for i,c in enumerate(columns, 1):
+        if first.setdefault(c, i) == i: continue
         known = f' ({c!r})' if c in columns_needed else ''
-        first = columns.index(c) + 1
-        raise CohortError(f'Columns {first} and {i + 1} have the same name{known}; rename one or remove it.')
+        raise CohortError(f'Columns {first[c]} and {i} have the same name{known}; rename one or remove it.')
 
 # %% ../../nbs/140_data.cohort.ipynb #ae442db7
 def _gaps(column):
@@ -404,6 +403,10 @@ def _images_in(folder):
                           'in place of the folder of a label or a patient; '
                           f'find them with `find {folder} -xtype l`, then repair or remove them.')
     files = sorted(f for f in found if is_image_file(f) or not f.suffix and deep[f])
+    odd = sum(str(f) != str(f).encode(errors='replace').decode() for f in files)
+    if odd:
+        raise CohortError(f'{plural(odd, "image")} in {folder} with a path that is not in UTF-8; '
+                          f'rename them, as with `convmv -r -f latin1 -t utf8 --notest {folder}`.')
     shallow = sum(not deep[f] for f in files)
     if shallow:
         raise CohortError(f'{shallow} of {plural(len(files), "image")} in {folder} without a folder of a patient; '
