@@ -142,7 +142,8 @@ def _check_demo(steps):
     if 'data' in given and not (data and Path(data).exists()): raise StripError(f'--data {data!r} does not exist.')
     for option in ('preset', 'patients'):
         if data and option in given:
-            raise StripError(f'--{option} is about the synthetic cohort, --data about images of your own; leave one out.')
+            raise StripError(f'--{option} is about the synthetic cohort, --data about images of your own; '
+                             'leave one out.')
     if given.get('columns') and not data:
         raise StripError('--columns maps the columns of a CSV; name it with --data.')
     if 'arch' in steps['train']:

@@ -7,7 +7,7 @@ __all__ = ['RunError', 'git_commit', 'processor', 'device_name', 'thread_count',
            'Owner', 'Status', 'now', 'Run', 'new_run', 'open_run', 'list_runs']
 
 # %% ../nbs/040_runs.ipynb #82978f37
-import json, os, platform, secrets, subprocess, sys
+import json, os, platform, secrets, subprocess, sys, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import distributions
@@ -313,7 +313,9 @@ def table(self:Run,
     "A table of the run; a `RunError` with the nearest name if there is none. Only empty cells are NaN"
     path = _artifact(self, 'table', name, '.csv')
     kinds = {c: str for c in text}
-    return pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[''], float_precision='round_trip')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)     # pandas 4 reads to the last bit by default
+        return pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[''], float_precision='round_trip')
 
 # %% ../nbs/040_runs.ipynb #6693e613
 @patch

@@ -15,21 +15,27 @@ from pydantic import Field, field_validator, model_validator
 from .training.config import Settings, SettingsError, TrainConfig, parameter_type
 
 # %% ../nbs/895_settings.ipynb #7f1ccc82
-def check_pairs(columns):
+def check_pairs(
+    columns,    # Texts of the form ours=theirs
+):              # The same; a `ValueError` if one is not of that form
     "`columns`, if each is of the form ours=theirs"
     wrong = [c for c in columns if not all(part.strip() for part in c.split('=', 1)) or '=' not in c]
     if wrong: raise ValueError(f'columns: {wrong[0]!r} must be of the form ours=theirs, such as patient_id=subject.')
     return columns
 
 # %% ../nbs/895_settings.ipynb #f09dbb36
-def check_window_pair(window):
+def check_window_pair(
+    window,     # No number, or a low and a high one
+):              # The same; a `ValueError` for anything else
     "`window`, if it is empty or a low and a high value"
     if window and not (len(window) == 2 and window[0] < window[1]):
         raise ValueError(f'window={window} must be empty or the low and the high value, such as [0, 400].')
     return window
 
 # %% ../nbs/895_settings.ipynb #e379efb7
-def check_split(settings):
+def check_split(
+    settings,   # Of prepare
+):              # The same; a `ValueError` if its values do not go together
     "`settings`, if the shares leave patients to train on, and centers are given for both sides or for none"
     if bool(settings.train_centers) != bool(settings.test_centers):
         raise ValueError('train_centers and test_centers go together; give both or neither.')
@@ -41,7 +47,9 @@ def check_split(settings):
     return settings
 
 # %% ../nbs/895_settings.ipynb #79d26939
-def check_centers(settings):
+def check_centers(
+    settings,   # Of prepare
+):              # The same; a `ValueError` if a split by these centers would be one by patients
     "`settings`, unless it splits by centers that look like patients"
     if not (settings.train_centers and settings.data): return settings
     import warnings
