@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PredictionsError', 'classes_of', 'positive_class', 'check_predictions', 'make_predictions', 'save_predictions',
-           'load_predictions', 'aggregate_patients', 'class_arrays', 'patient_arrays']
+           'load_predictions', 'significant', 'aggregate_patients', 'class_arrays', 'patient_arrays']
 
 # %% ../nbs/020_predictions.ipynb #6e21c9c2
 from io import StringIO
@@ -171,6 +171,15 @@ def load_predictions(
         return check_predictions(table)
     except PredictionsError as e: raise PredictionsError(f'{path} cannot be read as predictions: {e}') from None
 
+# %% ../nbs/020_predictions.ipynb #84feb2ee
+def significant(
+    p,              # Probabilities of any shape
+    digits:int=12,  # Digits that are kept, 1 to 15
+)->np.ndarray:      # Of the same shape
+    "Probabilities without the rounding errors of sums, so that equal predictions stay equal"
+    mantissa,exponent = np.frexp(np.asarray(p, float))
+    return np.ldexp(np.round(mantissa, digits), exponent)
+
 # %% ../nbs/020_predictions.ipynb #01e58f22
 def _vote(p):
     "Each row's most probable class as 1, shared where several are equal"
@@ -196,7 +205,8 @@ def aggregate_patients(
         table = table[p.max(1) == highest]
     kept = [c for c in ('center_id', 'label', 'split', 'fold') if c in predictions]
     groups = predictions.groupby(key, sort=True)
-    parts = [groups[kept].first(), groups.size().rename('n_images'), table.groupby(key, sort=True)[columns].mean()]
+    means = table.groupby(key, sort=True)[columns].mean().apply(significant)
+    parts = [groups[kept].first(), groups.size().rename('n_images'), means]
     return pd.concat(parts, axis=1).reset_index()
 
 # %% ../nbs/020_predictions.ipynb #40ec4a16
@@ -208,7 +218,7 @@ def class_arrays(
     positive = positive_class(predictions, positive)
     _check_ids(predictions, labeled=True)
     total = predictions[['p_' + c for c in classes_of(predictions)]].to_numpy(float).sum(1)
-    return (predictions.label == positive).to_numpy(int), predictions['p_' + positive].to_numpy(float)/total
+    return (predictions.label == positive).to_numpy(int), significant(predictions['p_' + positive].to_numpy(float)/total)
 
 # %% ../nbs/020_predictions.ipynb #bd1852f0
 def patient_arrays(

@@ -14,8 +14,10 @@ from strip_notebooks.metrics.compare import compare
 from strip_notebooks.operating import choose_threshold
 from strip_notebooks.benchmarks import scikit_learn_values
 from strip_notebooks.metrics.scores import (center_table, class_table, image_scores, metric_names, metric_values, scores)
-from strip_notebooks.predictions import aggregate_patients, load_predictions, make_predictions, save_predictions
-from strip_notebooks.statistics import Estimate, bootstrap_weights, delong_interval, delong_paired, permutation_p, wilson_interval
+from strip_notebooks.predictions import (aggregate_patients, load_predictions, make_predictions, patient_arrays,
+                                         save_predictions)
+from strip_notebooks.statistics import Estimate, auc, bootstrap_weights, delong_interval, delong_paired, permutation_p, wilson_interval
+from strip_notebooks.training.classifier import patient_scores
 
 FIGURES = [f for n in figures.__all__ if n != 'picture_figure' for f in [getattr(figures, n)]]
 
@@ -286,3 +288,16 @@ def test_three_classes_are_scored_one_against_the_others():
     assert sensitivity.patients.sum() == 90 and (sensitivity.value == 1).all()              # each label is the most probable class
     assert compare(table, table, n_resamples=20).verdict['roc_auc'] == 'not distinguishable'
     for draw in FIGURES: plt.close(draw(table))
+
+
+@pytest.mark.parametrize('n_classes', [2, 3])
+def test_a_constant_predictor_has_an_auc_of_one_half_however_many_images_a_patient_has(n_classes):
+    rng = np.random.default_rng(0)
+    names = ['CE', 'LAA', 'Other'][:n_classes]
+    for _ in range(20):
+        shares = dict(zip([f'p_{c}' for c in names], rng.dirichlet(np.ones(n_classes))))
+        images = pd.DataFrame([dict(image_id=f'{i}-{j}', patient_id=f'{i:02}', label=names[i % n_classes], **shares)
+                               for i, n in enumerate(rng.integers(1, 6, 30)) for j in range(n)])
+        patients = aggregate_patients(images)
+        for c in names: assert auc(*patient_arrays(patients, c)) == .5
+        assert patient_scores(patients, names, np.full(n_classes, 1/n_classes))['auc'] == .5

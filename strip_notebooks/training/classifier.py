@@ -27,7 +27,7 @@ from ..data.cohort import CohortWarning, check_cohort
 from ..data.loading import CohortImages, make_loader
 from ..models import create_model, model_summary, training_mode, unfreeze
 from ..operating import choose_threshold
-from ..predictions import aggregate_patients, make_predictions
+from ..predictions import aggregate_patients, make_predictions, significant
 from ..statistics import auc, weighted_log_loss
 from .config import TrainConfig, TrainerConfig, make_config
 from .losses import TrainingError, make_loss, taught_prior
@@ -66,7 +66,7 @@ def patient_scores(
 )->dict:                        # weighted_log_loss (at equal priors), auc (mean over one class against the rest)
     "The scores that can choose the best epoch"
     p = patients[[f'p_{c}' for c in classes]].to_numpy()/np.asarray(prior)
-    p = p/p.sum(1, keepdims=True)
+    p = significant(p/p.sum(1, keepdims=True))
     target = np.array([classes.index(label) for label in patients.label])
     aucs = [auc(target == c, p[:,c]) for c in range(len(classes))]
     return dict(weighted_log_loss=weighted_log_loss(target, p), auc=float(np.mean(aucs)))
