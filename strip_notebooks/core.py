@@ -160,7 +160,7 @@ def read_json(
     "The content of a JSON file; a `StripError` that names it if it is missing or corrupt"
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise StripError(f'{path} does not exist.') from None
-    except (ValueError, OSError) as e: raise StripError(f'{path} is not readable JSON: {e}.') from e
+    except (ValueError, OSError, RecursionError) as e: raise StripError(f'{path} is not readable JSON: {e}.') from e
 
 # %% ../nbs/000_core.ipynb #bd336941
 def quote_formula(

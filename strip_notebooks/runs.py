@@ -156,12 +156,17 @@ class Run:
     checkpoints = property(lambda self: self.path/'checkpoints', doc='What training resumes from')
 
 # %% ../nbs/040_runs.ipynb #67e03e11
+def _well_typed(found):
+    "Whether a dict holds fields of a `Status` only, each of its type"
+    types = {f.name: (int, float) if f.type is float else f.type for f in fields(Status)}
+    right = all(name in types and isinstance(value, types[name]) for name, value in found.items())
+    return right and all(isinstance(path, str) for path in found.get('links', {}).values())
+
 @patch(as_prop=True)
 def status(self:Run)->Status:
     "What is recorded; a `RunError` if it cannot be read"
     found = read_json(self.path/'status.json')
-    known = {f.name for f in fields(Status)}
-    if not isinstance(found, dict) or not found.get('step') or not set(found) <= known:
+    if not isinstance(found, dict) or not found.get('step') or not _well_typed(found):
         raise RunError(f'{self.name}/status.json is not the status of a run of this version; make the run again.')
     return Status(**found)
 
@@ -364,7 +369,9 @@ def metrics(self:Run)->dict:
     "The numbers that the run found; a `RunError` if it has none"
     path = self.path/'metrics.json'
     if not path.is_file(): raise RunError(f'{self.name} has no metrics: it is {self.state}.')
-    return read_json(path)
+    found = read_json(path)
+    if not isinstance(found, dict): raise RunError(f'{path} holds no metrics; resume or repeat the run.')
+    return found
 
 # %% ../nbs/040_runs.ipynb #1f73a511
 @patch

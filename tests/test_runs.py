@@ -105,6 +105,19 @@ def test_a_recycled_process_id_is_another_process(tmp_path):
     run.resume()
     assert run.state == 'running' and run.status.process_started == Owner.this().process_started
 
+@pytest.mark.parametrize('changed', [dict(process=None), dict(process='7'), dict(links=['a']), dict(links=dict(prepare=5)), dict(state=[1])])
+def test_a_status_with_a_wrong_type_is_a_corrupt_run(tmp_path, changed):
+    run = new_run('train', {}, tmp_path)
+    write_json(run.path/'status.json', {**read_json(run.path/'status.json'), **changed})
+    with pytest.raises(RunError, match='not the status of a run'): run.links
+    assert list_runs(tmp_path).state.tolist() == ['corrupt']
+
+@pytest.mark.parametrize('name, text', [('status.json', '['*100_000), ('metrics.json', '['*100_000), ('metrics.json', '[1]')])
+def test_files_that_are_nested_too_deep_or_no_dictionary_are_a_corrupt_run(tmp_path, name, text):
+    run = new_run('train', {}, tmp_path)
+    (run.path/name).write_text(text)
+    assert list_runs(tmp_path).state.tolist() == ['corrupt']
+
 # --- signals
 
 STUBBORN = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + WAIT
