@@ -308,7 +308,9 @@ def submit_again(self:_Queue):
 
 # %% ../nbs/010_processes.ipynb #8a8baf72
 @patch
-def run_alone(self:_Queue, task):
+def run_alone(self:_Queue,
+    task,   # One of its tasks, whose worker was killed
+):
     "Run a task with no other beside it, and wait for it"
     from concurrent.futures import wait
     task.killed = True

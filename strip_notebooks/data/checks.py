@@ -203,7 +203,7 @@ def burned_in_finding(
     "Do files say that text is burned into their pixels?"
     if 'burned_in' not in measures:
         return Finding('CHK011', Verdict.NOTE, 'no_estimate', estimate=NoEstimate('not_measured'))
-    n = int(measures.burned_in.fillna(False).astype(bool).sum())
+    n = int((measures.burned_in == True).sum())
     if not n: return Finding('CHK011', Verdict.OK, 'none', values=dict(n=0))
     return Finding('CHK011', Verdict.WARNING, 'allowed' if allowed else 'found', values=dict(n=n))
 
@@ -215,7 +215,7 @@ def showable(
 )->pd.DataFrame:                # Rows of the cohort
     "The images that may be in figures and reports"
     if allow_burned_in or 'burned_in' not in measures: return cohort
-    burned = measures.index[measures.burned_in.fillna(False).astype(bool)]
+    burned = measures.index[(measures.burned_in == True)]
     return cohort[~cohort.image_id.isin(burned)]
 
 # %% ../../nbs/150_data.checks.ipynb #bffa9e64

@@ -24,8 +24,16 @@ class Allowance:
     pixels_per_second:float = 20e6      # One second more for so many declared pixels
     bytes:int = 512*2**20               # Memory for any file, beyond what the process had before
     bytes_per_pixel:int = 16            # More memory for each declared pixel
-    def time(self, pixels): return self.seconds + pixels/self.pixels_per_second
-    def memory(self, pixels): return self.bytes + self.bytes_per_pixel*pixels
+    def time(self,
+        pixels:int, # Declared pixels
+    ):
+        "Seconds of CPU time"
+        return self.seconds + pixels/self.pixels_per_second
+    def memory(self,
+        pixels:int, # Declared pixels
+    ):
+        "Bytes"
+        return self.bytes + self.bytes_per_pixel*pixels
 
 # %% ../../nbs/135_data.decoding.ipynb #fc138305
 def _memory_now():
@@ -56,7 +64,7 @@ def _limit_time(seconds):
 class FileGuard:
     "Limits of time and memory while this process decodes one file"
     def __init__(self,
-        allowance:Allowance=Allowance(),
+        allowance:Allowance=Allowance(),  # Time and memory per file
     ): self.allowance, self.depth = allowance, 0
 
     def __enter__(self):
@@ -65,7 +73,9 @@ class FileGuard:
         self.before, self.began, self.pixels = _memory_now(), time.process_time(), -1
         self.allow(0)
 
-    def allow(self, pixels):
+    def allow(self,
+        pixels:int, # Declared pixels of what is read
+    ):
         "The header declares so many pixels"
         if not self.depth or pixels <= self.pixels: return
         self.pixels = pixels
@@ -122,7 +132,7 @@ def decode(
     desc:str='',                    # What the work is, for the progress; no progress is shown without
     workers:int|None=None,          # Worker processes; None takes one for each core
     name=str,                       # Of an item: what messages call its file
-    allowance:Allowance=Allowance(),
+    allowance:Allowance=Allowance(),  # Time and memory per file
 ):                                  # A `Decoded` per item, in order
     "Apply a function that reads files from outside to each item, in workers that may die"
     items = list(items)
@@ -146,7 +156,7 @@ def decode_image(
     reading:Reading=Reading(),      # Which frame, slice and level is read, and the window
     name:str=None,                  # What messages call it
     limits:Limits=Limits(),         # What is refused before it is decoded
-    allowance:Allowance=Allowance(),
+    allowance:Allowance=Allowance(),  # Time and memory per file
 )->np.ndarray:                      # As `read_image` gives it
     "The picture in a file or in bytes, decoded in a worker; an `ImageError` if there is none"
     source = open_source(source, name, limits)

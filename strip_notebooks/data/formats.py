@@ -88,8 +88,8 @@ def _check_npy(source, a, reading):
 # %% ../../nbs/130_data.formats.ipynb #d5f3586a
 def read_npy(
     source:Source,              # An NPY file
-    reading:Reading=Reading(),
-    limits:Limits=Limits(),
+    reading:Reading=Reading(),  # Which picture of the file is read
+    limits:Limits=Limits(),   # What is refused before it is decoded
 )->np.ndarray:                  # (H, W) or (H, W, C)
     "An array from a file, without unpickling"
     with image_errors(source.name):
@@ -104,8 +104,8 @@ def read_npy(
 # %% ../../nbs/130_data.formats.ipynb #5ec5fd49
 def npy_size(
     source:Source,              # An NPY file
-    reading:Reading=Reading(),
-    limits:Limits=Limits(),
+    reading:Reading=Reading(),  # Which picture of the file is read
+    limits:Limits=Limits(),   # What is refused before it is decoded
 )->tuple:                       # height, width in pixels
     "Size of an array from its header"
     with image_errors(source.name):

@@ -119,7 +119,7 @@ def guarded():
 def check_pixels(
     name,           # The file, for the message
     pixels:int,     # Pixels that would be decoded
-    limits:Limits,
+    limits:Limits,   # What is refused before it is decoded
 )->None:
     "An `ImageError` if more pixels would be decoded than allowed; tells the guard how many there are"
     if pixels > limits.pixels:
@@ -136,7 +136,9 @@ class Source:
     path:Path = None    # The file, if it is one
     data:bytes = None   # Its content, if it is no file
     @property
-    def suffix(self): return Path(self.name).suffix.lower()
+    def suffix(self):
+        "The ending of its name, in lower case"
+        return Path(self.name).suffix.lower()
     @property
     def size(self):
         "Number of bytes"
@@ -144,7 +146,9 @@ class Source:
     def open(self):
         "A binary stream at the first byte; close it"
         return io.BytesIO(self.data) if self.path is None else open(self.path, 'rb')
-    def read(self, n=-1):
+    def read(self,
+        n:int=-1,   # Bytes; -1 is all
+    ):
         "The first `n` bytes, or all"
         with self.open() as f: return f.read(n)
 

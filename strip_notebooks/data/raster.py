@@ -170,7 +170,7 @@ max_scans = 100
 
 def check_jpeg(
     name,           # The file, for the message
-    head:JpegHead,
+    head:JpegHead,  # From `jpeg_head`
 )->None:
     "An `ImageError` if a JPEG is truncated, states no size, or has more scans than any picture needs"
     if not head.height or not head.width:
@@ -229,8 +229,8 @@ def _check_raster(source, reading):
 # %% ../../nbs/105_data.raster.ipynb #f3216902
 def read_raster(
     source:Source,              # A PNG, JPEG or BMP
-    reading:Reading=Reading(),
-    limits:Limits=Limits(),
+    reading:Reading=Reading(),  # Which picture of the file is read
+    limits:Limits=Limits(),   # What is refused before it is decoded
 )->np.ndarray:                  # (H, W) or (H, W, C)
     "Pixels of a PNG, JPEG or BMP, turned"
     with image_errors(source.name):
@@ -249,8 +249,8 @@ def _jpeg_start(source):
 # %% ../../nbs/105_data.raster.ipynb #7378ce70
 def raster_size(
     source:Source,              # A PNG, JPEG or BMP
-    reading:Reading=Reading(),
-    limits:Limits=Limits(),
+    reading:Reading=Reading(),  # Which picture of the file is read
+    limits:Limits=Limits(),   # What is refused before it is decoded
 )->tuple:                       # height, width in pixels, as `read_raster` shows it
     "Size of a PNG, JPEG or BMP from its header"
     with image_errors(source.name), source.open() as f:

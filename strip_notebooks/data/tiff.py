@@ -202,8 +202,8 @@ def _shown_page(name, page, window):
 # %% ../../nbs/110_data.tiff.ipynb #5b3ae6f2
 def read_tiff(
     source:Source,              # A TIFF
-    reading:Reading=Reading(),
-    limits:Limits=Limits(),
+    reading:Reading=Reading(),  # Which picture of the file is read
+    limits:Limits=Limits(),   # What is refused before it is decoded
 )->np.ndarray:                  # (H, W, 1) or (H, W, 3)
     "Pixels of one page or level of a TIFF, turned"
     with image_errors(source.name), _open_page(source, reading) as page:
@@ -215,8 +215,8 @@ def read_tiff(
 # %% ../../nbs/110_data.tiff.ipynb #aaf2d186
 def tiff_size(
     source:Source,              # A TIFF
-    reading:Reading=Reading(),
-    limits:Limits=Limits(),
+    reading:Reading=Reading(),  # Which picture of the file is read
+    limits:Limits=Limits(),   # What is refused before it is decoded
 )->tuple:                       # height, width in pixels, as `read_tiff` shows it
     "Size of a page or level from its tags"
     with image_errors(source.name), _open_page(source, reading) as page:

@@ -22,6 +22,7 @@ from ..bundle import (BundleError, check_cache, class_probabilities, load_bundle
                                     predict_cohort, save_bundle, torch_parts)
 from ..core import file_hash, listing
 from ..processes import progress_style
+from ..runs import bundle_name, checkpoints_name
 from ..data.augment import mix_batch, policy
 from ..data.cohort import CohortWarning, check_cohort
 from ..data.loading import CohortImages, make_loader
@@ -328,7 +329,7 @@ def train_folders(
 )->TrainFolders:    # With `checkpoints` and `bundle`
     "Where a training writes its checkpoints and its bundle"
     if hasattr(where, 'checkpoints') and hasattr(where, 'bundle'): return where
-    return TrainFolders(Path(where)/'checkpoints', Path(where)/'bundle')
+    return TrainFolders(Path(where)/checkpoints_name, Path(where)/bundle_name)
 
 # %% ../../nbs/430_training.classifier.ipynb #de14a869
 def train(
