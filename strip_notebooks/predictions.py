@@ -218,7 +218,8 @@ def class_arrays(
     positive = positive_class(predictions, positive)
     _check_ids(predictions, labeled=True)
     total = predictions[['p_' + c for c in classes_of(predictions)]].to_numpy(float).sum(1)
-    return (predictions.label == positive).to_numpy(int), significant(predictions['p_' + positive].to_numpy(float)/total)
+    p = significant(predictions['p_' + positive].to_numpy(float)/total)
+    return (predictions.label == positive).to_numpy(int), p
 
 # %% ../nbs/020_predictions.ipynb #bd1852f0
 def patient_arrays(
