@@ -164,6 +164,7 @@ def probe_finding(
     if estimate == NoEstimate('constant'): return finding(Verdict.OK, 'no_estimate')
     if isinstance(estimate, NoEstimate): return finding(Verdict.WARNING if warn else Verdict.NOTE, 'no_estimate')
     if tells(estimate): return finding(serious, outcome)
+    if estimate.high < chance: return finding(Verdict.OK, 'below')
     return finding(Verdict.OK, 'little' if estimate.low > chance else 'nothing')
 
 # %% ../nbs/210_audit.ipynb #d1f7dbc6

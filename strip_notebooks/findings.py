@@ -320,6 +320,8 @@ def _probe(
         little=f'{start.replace("predicts", "may predict")} {score}, but too little to explain a result.',
         nothing=f'{feature[0].upper()}{feature[1:]} alone: AUC {{estimate}} for the {target}{{among}}, not '
                 'distinguishable from chance.',
+        below=f'{feature[0].upper()}{feature[1:]} alone: AUC {{estimate}} for the {target}{{among}}, below chance, '
+              'so it explains no result.',
         no_estimate=f'Whether {whether} cannot be estimated: {{reason}}.')
 
 # %% ../nbs/050_findings.ipynb #07157bad
