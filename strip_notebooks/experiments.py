@@ -353,7 +353,7 @@ def _execute(path, run, show):
         except Exception as e:
             _mark(run, error=str(e))
             kept = f' The notebook up to there is {run.notebook}.' if run.notebook.exists() else ''
-            raise ExperimentError(f'{run.step} failed: {e}{kept} {resume}') from None
+            raise ExperimentError(f'{run.step} failed: {e}{kept} Once the cause is fixed, {resume}') from None
 
 # %% ../nbs/900_experiments.ipynb #48ed9247
 def run_experiment(
