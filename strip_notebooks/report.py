@@ -275,7 +275,8 @@ def _method(evaluated):
     return [f'The positive class is {evaluated.positive}. The predicted probability of a patient is '
             f'{how_words[evaluated.how]} over the images of the patient. '
             f'A patient is classified as {rule} and applied to the test set unchanged.',
-            f'Intervals are 95 % CI of {evaluated.resamples:,} bootstrap resamples of patients within each class; for proportions '
+            f'Intervals are 95 % CI of {evaluated.resamples:,} bootstrap resamples of patients '
+            'within each class; for proportions '
             'of 0 or 1, '
             "Wilson's. The interval of the calibration error is approximate. Lower is better for log losses, "
             "Brier score and calibration error."]
