@@ -205,7 +205,8 @@ def aggregate_patients(
         table = table[p.max(1) == highest]
     kept = [c for c in ('center_id', 'label', 'split', 'fold') if c in predictions]
     groups = predictions.groupby(key, sort=True)
-    means = table.groupby(key, sort=True)[columns].mean().apply(significant)
+    means = table.groupby(key, sort=True)[columns].mean()
+    means = pd.DataFrame(significant(means), means.index, columns)
     parts = [groups[kept].first(), groups.size().rename('n_images'), means]
     return pd.concat(parts, axis=1).reset_index()
 
