@@ -349,7 +349,7 @@ HOSTILE = {
     'a stream of another size': ('corrupt', lambda: other_stream(j2k(COLOR[:20, :, 0].copy()))),
     'a stream with more components': ('corrupt', lambda: other_stream(j2k(COLOR))),
     'a stream with 200 components': ('corrupt', lambda: other_stream(j2k(np.zeros((30, 40, 200), np.uint8), mct=False))),
-    'a JPEG of 3,000 scans': ('corrupt', lambda: other_stream(scans(3000), JPEGBaseline8Bit)),
+    'a JPEG of 3,000 scans': ('too_large', lambda: other_stream(scans(3000), JPEGBaseline8Bit)),
     'a frame longer than its pixels': ('corrupt', lambda: other_stream(jpeg(COLOR[..., 0]) + bytes(2**25), JPEGBaseline8Bit)),
     'no stream at all': ('corrupt', lambda: other_stream(b'no stream', JPEGBaseline8Bit)),
     'plain pixels under a coded syntax': ('corrupt', lambda: dicom(COLOR[..., 0]).replace(b'1.2.840.10008.1.2.1\0', b'1.2.840.10008.1.2.5\0')),

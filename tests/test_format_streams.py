@@ -229,3 +229,55 @@ def test_sizes_from_headers_are_those_of_the_pictures(tmp_path):
     with pytest.raises(ImageError): image_size(tmp_path/'flat.npy')
     with pytest.raises(ImageError) as caught: image_size(DICOM/'reportsi.dcm')
     assert caught.value.reason == 'no_pixels'
+
+
+def damaged_jpegs(pixels):
+    "JPEGs of a picture, in each of which something is wrong though its end-of-image marker is there"
+    import io
+    def stream(**options):
+        f = io.BytesIO()
+        Image.fromarray(pixels).save(f, 'JPEG', quality=90, **options)
+        return f.getvalue()
+    whole, restarts, progressive = stream(), stream(restart_marker_blocks=3), stream(progressive=True)
+    size, interval = whole.index(b'\xff\xc0') + 5, restarts.index(b'\xff\xdd') + 4
+    with_size = lambda rows: whole[:size] + struct.pack('>H', rows) + whole[size + 2:]
+    with_interval = lambda blocks: restarts[:interval] + struct.pack('>H', blocks) + restarts[interval + 2:]
+    middle = len(whole)*2//3
+    return {'whole': whole, 'cut, with an end': whole[:middle] + b'\xff\xd9',
+            'progressive, cut, with an end': progressive[:len(progressive)//2] + b'\xff\xd9',
+            'a piece left out': whole[:middle] + whole[middle + 60:], 'a piece of zeros': whole[:middle] + bytes(60) + whole[middle + 60:],
+            'fewer rows stated': with_size(len(pixels) - 16), 'more rows stated': with_size(len(pixels) + 9),
+            'another restart interval': with_interval(7), 'no restart interval': with_interval(0)}
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_jpegs_that_are_wrong_inside_are_noticed(tmp_path, channels):
+    "Decoders show these with gray or shifted blocks, and warn at most; each is a file of its own, and a strip of a TIFF"
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 15, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    if channels == 1: pixels = pixels[..., 0]
+    found = {}
+    for name, data in damaged_jpegs(pixels).items():
+        (tmp_path/'a.jpg').write_bytes(data)
+        photometric = 'ycbcr' if channels == 3 else 'minisblack'
+        with tifffile.TiffWriter(tmp_path/'a.tif') as f:
+            f.write(iter([data]), shape=pixels.shape, dtype=np.uint8, compression='jpeg', photometric=photometric, rowsperstrip=len(pixels))
+        found[name] = reason(tmp_path/'a.jpg'), reason(tmp_path/'a.tif')
+    assert found.pop('whole') == ((96, 120, 3),)*2
+    assert found == {name: ('corrupt', 'corrupt') for name in found}
+
+
+def test_a_jpeg_in_dicom_that_is_wrong_inside_is_noticed(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    found = {}
+    for name, data in damaged_jpegs(pixels).items():
+        compressed_dicom(tmp_path/'a.dcm', 'jpeg', data)
+        found[name] = reason(tmp_path/'a.dcm')
+    assert found.pop('whole') == (64, 64, 3)
+    assert found == {name: 'corrupt' for name in found}
+
+
+@pytest.mark.parametrize('sampling', ['444', '422', '420', '440', '411'])
+def test_jpegs_of_each_sampling_are_read(tmp_path, sampling):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    (tmp_path/'a.jpg').write_bytes(imagecodecs.jpeg8_encode(pixels, 90, subsampling=sampling))
+    np.testing.assert_array_equal(read(tmp_path/'a.jpg'), imagecodecs.imread(tmp_path/'a.jpg'))

@@ -8,10 +8,10 @@ __all__ = ['read_dicom', 'dicom_size', 'burned_in']
 # %% ../../nbs/115_data.dicom.ipynb #0816110d
 import numpy as np
 
-from .dicom_frames import by_rows, frame_layout, stored_frames
+from .dicom_frames import frame_layout, stored_frames
 from .dicom_header import dicom_file, without_pixels
-from .images import (ImageError, Limits, Reading, Source, check_choice, check_pixels, open_source,
-                                         windowed)
+from .images import (
+    ImageError, Limits, Reading, Source, by_rows, check_choice, check_pixels, open_source, windowed)
 
 # %% ../../nbs/115_data.dicom.ipynb #2e1b85ac
 def _descriptor(ds, keyword, signed):
@@ -174,20 +174,20 @@ def _gray(name, ds, layout, a, window):
     show = _voi(ds, window, range_)
     def shown(rows):
         gray = np.nan_to_num(show(rescale(rows.astype(np.float64))), nan=0)    # NaN: outside of what was scanned
-        return 1 - gray if inverted else gray
-    return by_rows(shown, a, np.float32)
+        return (1 - gray if inverted else gray).astype(np.float32)
+    return by_rows(shown, a)
 
 # %% ../../nbs/115_data.dicom.ipynb #20be74a9
 def _colored(ds, layout, a):
     "Colors of stored numbers by the palette of the file"
     first,colors = _palette(ds, layout.signed)
-    return by_rows(lambda rows: _looked_up(rows, colors, first), a, np.uint8, (*a.shape, 3))
+    return by_rows(lambda rows: _looked_up(rows, colors, first), a)
 
 # %% ../../nbs/115_data.dicom.ipynb #43bf75f5
 def _with_supplement(ds, layout, a, gray):
     "Gray values, in the colors of the palette from its first entry up"
     first,colors = _palette(ds, layout.signed)
-    if gray.dtype != np.uint8: gray = by_rows(lambda rows: rows*255 + .5, gray, np.uint8)
+    if gray.dtype != np.uint8: gray = by_rows(lambda rows: (rows*255 + .5).astype(np.uint8), gray)
     picture = np.repeat(gray[..., None], 3, -1)
     picture[a >= first] = _looked_up(a[a >= first], colors, first)
     return picture
@@ -201,7 +201,7 @@ def _picture(name, ds, layout, a, window):
         supplement = 'RedPaletteColorLookupTableDescriptor' in ds and ds.get('PixelPresentation') in ('COLOR', 'MIXED')
         return _with_supplement(ds, layout, a, gray) if supplement else gray
     if layout.stored == 8: return a.astype(np.uint8, copy=False)
-    return by_rows(lambda rows: rows/(2**layout.stored - 1), a, np.float32)
+    return by_rows(lambda rows: (rows/(2**layout.stored - 1)).astype(np.float32), a)
 
 # %% ../../nbs/115_data.dicom.ipynb #2e9f1c79
 def read_dicom(

@@ -14,7 +14,7 @@ import numpy as np
 from .images import (
     ImageError, Limits, Reading, Source, by_rows, check_choice, check_pixels, image_errors, on_white,
     shown_between, turned, unit_range)
-from .raster import check_jpeg, jpeg_head, shown_orientation, stream_size
+from .raster import check_jpeg, check_usual_jpeg, decode_whole, shown_orientation, stream_head
 
 # %% ../../nbs/110_data.tiff.ipynb #1cb7484a
 def _page_count(source):
@@ -95,16 +95,23 @@ def _check_page(name, page):
         raise ImageError(name, 'corrupt', 'it ends before its last strip or tile; copy it again from its source.')
 
 # %% ../../nbs/110_data.tiff.ipynb #0bb6a747
-def _check_stream(name, page, data, rows, columns):
-    "An `ImageError` if a stream is truncated, or would unpack to more than its place in the picture"
-    height, width = stream_size(data) or (math.inf, math.inf)
-    if height > rows + 15 or width > columns + 15:
-        raise ImageError(name, 'corrupt', f'a tile of {columns} x {rows} pixels holds a stream of {width} x {height} '
-                                          'or none; such a file is corrupt or hostile.')
-    if page.compression in _jpeg_in_tiff: check_jpeg(name, jpeg_head(data))
-    elif not data.rstrip(b'\0').endswith(b'\xff\xd9'):
-        text = 'a JPEG 2000 stream in it ends before its end; copy it again from its source.'
-        raise ImageError(name, 'corrupt', text)
+def _with_tables(page, data):
+    "The stream of a strip or tile with the tables that all of a page share"
+    if page.jpegheader: return page.jpegheader + data                   # an old TIFF
+    tables = page.jpegtables
+    return tables[:-2] + data[2:] if tables and page.compression in _jpeg_in_tiff else data
+
+# %% ../../nbs/110_data.tiff.ipynb #014d506c
+def _check_stream(name, data, rows, columns):
+    "An `ImageError` if a stream is corrupt, or would unpack to more than its place in the picture"
+    import imagecodecs
+    head = stream_head(data)
+    if head.height > rows + 15 or head.width > columns + 15:
+        raise ImageError(name, 'corrupt', f'a tile of {columns} x {rows} pixels holds a stream of {head.width} x '
+                                          f'{head.height}; such a file is corrupt or hostile.')
+    check_jpeg(name, head)
+    if head.usual: check_usual_jpeg(name, data)
+    elif head.process: decode_whole(data, imagecodecs.jpeg8_decode)
 
 # %% ../../nbs/110_data.tiff.ipynb #ff2e1094
 def _check_segments(name, page, limits):
@@ -114,7 +121,7 @@ def _check_segments(name, page, limits):
     check_pixels(name, rows*columns, limits)
     if page.compression in _packed_in_tiff: return
     for data, _ in page.parent.filehandle.read_segments(page.dataoffsets, page.databytecounts):
-        if data: _check_stream(name, page, data, rows, columns)         # a tile left out is background
+        if data: _check_stream(name, _with_tables(page, data), rows, columns)   # a tile left out is background
 
 # %% ../../nbs/110_data.tiff.ipynb #cc63fee4
 def _whole_range(page, a):
