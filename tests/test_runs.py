@@ -19,6 +19,10 @@ if out: pathlib.Path(out, '.0123abcd-half.pt').touch()
 text = open(gate).read()
 print('read', text)'''
 
+def hear_signals():
+    "In a new process: hear the signals that the tests may have been started without, as by `nohup` or in the background"
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)
+
 class Workspace:
     "A folder with notebooks, a gate that they wait at, and a temporary folder of its own, whose name is short enough for sockets"
     def __init__(self, folder):
@@ -36,7 +40,8 @@ class Workspace:
         environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'TMPDIR': str(self.temporary), **environment}
         command = [CLOT, 'run', *map(str, words)]
         if before: command = ['bash', '-c', f'{before}; exec "$@"', 'bash', *command]
-        return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                preexec_fn=hear_signals)
 
     def run(self, *words, before='', **environment):
         "The exit code of `clot run WORDS`, and what it said"
