@@ -7,8 +7,10 @@ import torch
 
 from strip_notebooks.bundle import (BundleError, _digest, class_probabilities, derive_bundle, load_bundle, make_bundle, predict_cohort, save_bundle,
                                     torch_parts)
+from strip_notebooks.bundle import read_pixels as real_pixels
 from strip_notebooks.core import seed_everything
 from strip_notebooks.data.formats import read_image
+from strip_notebooks.data.images import ImageError
 from strip_notebooks.data.cache import build_cache
 from strip_notebooks.data.preprocess import Preprocessing
 from strip_notebooks.data.synthetic import make_cohort
@@ -121,6 +123,20 @@ def test_a_derived_temperature_is_used_everywhere(folder, cohort, tmp_path):
     np.testing.assert_allclose(warm.predict(images), expected, atol=1e-6)
     assert not np.allclose(warm.predict(images), bundle.predict(images), atol=1e-6)
     np.testing.assert_allclose(predict_cohort(warm, cohort[:5])[['p_CE', 'p_LAA']], expected, atol=1e-6)
+
+def pixels_or_end(preprocessing, item):
+    "What a decoder does that a corrupt file takes down with it"
+    if item[0].endswith('ends.png'): os.abort()
+    return real_pixels(preprocessing, item)
+
+def test_a_file_that_ends_its_decoder_is_an_error_of_the_prediction(folder, cohort, tmp_path, monkeypatch):
+    "It is read in a worker, from the first file on; the process that predicts lives, and predicts the others"
+    shutil.copy(cohort.path[0], tmp_path/'ends.png')
+    monkeypatch.setattr('strip_notebooks.bundle.read_pixels', pixels_or_end)
+    bundle, some = load_bundle(folder), cohort[:3].reset_index(drop=True)
+    with pytest.raises(ImageError, match='ends.png') as caught: predict_cohort(bundle, some.assign(path=[str(tmp_path/'ends.png'), *some.path[1:]]))
+    assert caught.value.reason == 'crashed'
+    assert len(predict_cohort(bundle, some)) == 3
 
 def test_bytes_of_a_request_are_predicted_without_a_label(folder, cohort):
     "What a server does: bytes in, probabilities out; the name is only for messages"

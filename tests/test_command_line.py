@@ -313,3 +313,24 @@ def test_a_csv_with_other_column_names(demo, tmp_path):
     shutil.rmtree(tmp_path/'data')
     trained = clot('run', 'train', '--runs', 'my runs', cwd=tmp_path)
     assert trained.returncode == 2 and '`clot run prepare`' in trained.stderr and 'Traceback' not in trained.stderr
+
+def test_numbers_without_a_range_are_prepared_with_a_window_and_a_slice(tmp_path):
+    "Arrays in Hounsfield units and a NIfTI volume, without labels: the choices of prepare reach the pixels, and training says what it needs"
+    import nibabel, numpy as np
+    from strip_notebooks.data.cache import Cache
+    from strip_notebooks.records import Prepared
+    for i, value in enumerate((-50, 100, 250)): np.save(tmp_path/f'{i}.npy', np.full((40, 40), value, np.float32))
+    volume = np.zeros((40, 40, 5), np.int16)
+    volume[..., 3] = 150
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path/'3.nii')
+    rows = [dict(image_id=f'i{i}', patient_id=f'p{i}', path=f'{i}.npy' if i < 3 else '3.nii') for i in range(4)]
+    pd.DataFrame(rows).to_csv(tmp_path/'ct.csv', index=False)
+    given = ['-p', 'data=ct.csv', '-p', 'size=32', '-p', 'window=0,200', '-p', 'slice=3']
+    done = clot('run', 'prepare', *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = newest(tmp_path/'runs', 'prepare')
+    assert (run.metrics['images'], run.metrics['quarantined']) == (4, 0)
+    images = Cache(tmp_path/run.record(Prepared).cache).images
+    assert [int(image[16, 16, 0]) for image in images] == [0, 128, 255, 191]
+    trained = clot('run', 'train', cwd=tmp_path)
+    assert trained.returncode == 2 and 'without labels' in trained.stderr and 'Traceback' not in trained.stderr

@@ -435,3 +435,18 @@ def test_altered_files_are_read_or_refused(capfd):
     assert {d.error.reason for d in found if d.error} <= {'corrupt', 'nested', 'no_pixels', 'not_an_image', 'unsupported', 'too_large', 'range', 'empty'}
     assert sum(d.error is None for d in found) > 50 and sum(d.error is not None for d in found) > 50
     assert capfd.readouterr() == ('', '')
+
+
+def test_no_flipped_bit_of_a_jpeg_in_dicom_ends_its_process(capfd):
+    "8-bit JPEG is read by a decoder that raises: a C++ exception that nobody catches would end the process that reads"
+    data = coded('jpeg')[1]
+    rng = np.random.default_rng(1)
+    items = []
+    for _ in range(300):
+        b = bytearray(data)
+        b[rng.integers(len(b))] ^= 1 << rng.integers(8)
+        items.append(bytes(b))
+    found = list(decode(read_image, items, name=lambda item: 'file'))
+    reasons = {f.error.reason for f in found if f.error}
+    assert reasons and not reasons & {'crashed', 'memory', 'timeout'}
+    assert capfd.readouterr() == ('', '')

@@ -1,5 +1,5 @@
 "Streams that unpack to more than they should, colors and turns of TIFFs, blank DICOM elements, and sizes read from headers alone"
-import importlib.util, struct, subprocess, sys
+import importlib.util, io, struct, subprocess, sys, zlib
 from pathlib import Path
 
 import imagecodecs
@@ -147,6 +147,77 @@ def test_turns_of_tiff_jpeg_and_png(tmp_path, orientation):
         want = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path/n)))
         np.testing.assert_array_equal(read(tmp_path/n), want)
         assert image_size(tmp_path/n) == want.shape[:2]
+
+
+def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+
+def png_of(mode, extra=b''):
+    "A PNG of 16 x 24 pixels in a mode of Pillow's, or in 16 bits (L16, RGB16, RGBA16), with further chunks after its header"
+    rgba = np.random.default_rng(0).integers(0, 256, (16, 24, 4), dtype=np.uint8)
+    if mode.endswith('16'):
+        deep = rgba.astype(np.uint16)*257
+        data = imagecodecs.png_encode(np.ascontiguousarray(dict(L16=deep[..., 0], RGB16=deep[..., :3], RGBA16=deep)[mode]))
+    else:
+        f = io.BytesIO()
+        Image.fromarray(rgba).convert('RGB' if mode == 'P' else 'RGBA').convert(mode).save(f, 'PNG')
+        data = f.getvalue()
+    return data[:33] + extra + data[33:]
+
+
+def jpeg_of(mode, segment=b''):
+    "A JPEG of 16 x 24 pixels, with one more APP1 segment"
+    rgb = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    f = io.BytesIO()
+    Image.fromarray(rgb).convert(mode).save(f, 'JPEG', quality=95)
+    data = f.getvalue()
+    return data[:2] + (b'\xff\xe1' + struct.pack('>H', len(segment) + 2) + segment if segment else b'') + data[2:]
+
+
+PNG_MODES = ('1', 'L', 'P', 'LA', 'RGB', 'RGBA', 'L16', 'RGB16', 'RGBA16')
+TURNED = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
+          7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a)}
+
+
+@pytest.mark.parametrize('orientation', TURNED)
+def test_one_rule_of_orientation_for_every_mode(orientation):
+    "EXIF and XMP, in gray, color, palette and opacity of 8 and of 16 bits; the size agrees"
+    exif = Image.Exif(); exif[274] = orientation
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>' % orientation
+    files = [(png_of(m), png_of(m, c)) for m in PNG_MODES for c in (chunk(b'eXIf', exif.tobytes()[6:]), chunk(b'iTXt', b'XML:com.adobe.xmp\0\0\0\0\0' + xmp))]
+    files += [(jpeg_of(m), jpeg_of(m, c)) for m in ('L', 'RGB', 'CMYK') for c in (exif.tobytes(), b'http://ns.adobe.com/xap/1.0/\0' + xmp)]
+    for plain,turned in files:
+        want = TURNED[orientation](read_image(plain))
+        np.testing.assert_array_equal(read_image(turned), want)
+        assert image_size(turned) == want.shape[:2]
+
+
+@pytest.mark.parametrize('turned', [False, True])
+@pytest.mark.parametrize('mode', PNG_MODES)
+def test_checksums_of_png_are_compared_on_every_path(mode, turned):
+    "One flipped bit in a checksum, or in the pixels with a checksum of zlib that was never reached"
+    exif = Image.Exif(); exif[274] = 6
+    whole = png_of(mode, chunk(b'eXIf', exif.tobytes()[6:]) if turned else b'')
+    assert read_image(whole).shape == ((24, 16, 3) if turned else (16, 24, 3))
+    for kind in (b'IHDR', b'IDAT', b'IEND'):
+        at = whole.index(kind)
+        end = at + 4 + int.from_bytes(whole[at - 4:at], 'big')
+        for place in (end, end + 3):
+            b = bytearray(whole)
+            b[place] ^= 1
+            with pytest.raises(ImageError) as caught: read_image(bytes(b))
+            assert caught.value.reason == 'corrupt', kind
+
+
+def test_one_transparent_color_of_a_png_is_white():
+    "In gray and color of 8 and of 16 bits; the color beside it is left as it is"
+    for bits,form,top in ((8, 'B', 255), (16, 'H', 65535)):
+        for color,channels in ((0, 1), (2, 3)):
+            row = b'\0' + struct.pack(f'>{2*channels}{form}', *[9]*channels, *[7]*channels)
+            header = chunk(b'IHDR', struct.pack('>IIBBBBB', 2, 1, bits, color, 0, 0, 0))
+            key = chunk(b'tRNS', struct.pack(f'>{channels}H', *[7]*channels))
+            found = read_image(b'\x89PNG\r\n\x1a\n' + header + key + chunk(b'IDAT', zlib.compress(row)) + chunk(b'IEND', b''))
+            np.testing.assert_allclose(found/(255 if found.dtype == np.uint8 else 1), [[[9/top]*3, [1]*3]], atol=1e-6)
 
 
 def test_png_that_tells_its_turn_at_the_end(tmp_path):

@@ -70,6 +70,14 @@ def kill_at(name, when):
         if at_it: os.kill(os.getpid(), signal.SIGKILL)
     os.replace = deadly
 
+def run_to_a_sentence(cohort_folder, folder, **more):
+    "Train until an error of ours, and leave its text beside the training"
+    from strip_notebooks.core import StripError
+    try: run(cohort_folder, folder, **more)
+    except StripError as e:
+        (Path(folder).parent/'sentence').write_text(str(e))
+        sys.exit(1)
+
 def fill_the_disk(history):
     "From the end of the second epoch on, no file may grow beyond a megabyte"
     if len(history) == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -155,9 +163,11 @@ def test_workers_change_nothing(cohort, reference, tmp_path):
     assert finish(run, cohort, tmp_path/'training', workers=1) == 0
     assert result(tmp_path/'training') == reference
 
-def test_a_full_disk_is_an_error_that_costs_one_epoch(cohort, reference, tmp_path, capfd):
+def test_a_full_disk_is_an_error_that_costs_one_epoch(cohort, reference, tmp_path):
     folder = tmp_path/'training'
-    assert finish(run, cohort, folder, on_epoch=fill_the_disk) == 1
+    assert finish(run_to_a_sentence, cohort, folder, on_epoch=fill_the_disk) == 1
+    said = (tmp_path/'sentence').read_text()
+    assert 'epoch-000003.safetensors could not be written' in said and 'free disk space' in said and str(tmp_path) not in said
     from strip_notebooks.training.trainer import checkpoints, read_state
     assert not list(folder.rglob('.*'))
     assert len(read_state(checkpoints(folder/'checkpoints')[-1])[1]['history']) == 2
