@@ -40,7 +40,7 @@ def gather_parameters(
 
 # %% ../nbs/990_cli.ipynb #ab3b1898
 def _step_help(step):
-    "What an experiment takes, one parameter per two lines"
+    "The parameters of an experiment as text, two lines each"
     from strip_notebooks.experiments import experiment_parameters, experiment_path
     from strip_notebooks.settings import setting_range, step_settings
     fields = step_settings[step].model_fields if step in step_settings else {}
@@ -84,7 +84,7 @@ def run_command(
 
 # %% ../nbs/990_cli.ipynb #184b0207
 def _found(row):
-    "What a run found, or what went wrong with it, in a few words"
+    "The AUC of a run, or the first line of its error; empty if it has neither"
     from strip_notebooks.statistics import Estimate
     if row['error']: return row['error'].splitlines()[0]
     values = [row.get(f'test_auc{end}', float('nan')) for end in ('', '_low', '_high')]
@@ -152,7 +152,7 @@ def _check_demo(steps):
 
 # %% ../nbs/990_cli.ipynb #785dea50
 def _next_step(own_images):
-    "What a person may want to do after the demo"
+    "The command to try after the demo"
     if not own_images: return '`clot demo --data FOLDER_OR_CSV` does the same with your own images.'
     return 'for another model on the same split, `clot run train -p arch=resnet18`, then `clot run evaluate`.'
 
@@ -238,16 +238,16 @@ def parser()->argparse.ArgumentParser:
 
 # %% ../nbs/990_cli.ipynb #85399e47
 def _say(error, code):
-    "Print a sentence where errors go; gives the exit code"
+    "Print a sentence on standard error; returns the exit code"
     with contextlib.suppress(BrokenPipeError): print(f'clot: {error}', file=sys.stderr)
     return code
 
 def _stop_signals():
-    "The signals that end a program and can be heard"
+    "The signals that stop a program and can be handled on this system"
     return [getattr(signal, n) for n in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, n)]
 
 def _hear_signals():
-    "Let the signals that end a program be heard like Ctrl-C, where they are not ignored"
+    "Handle the signals that stop a program like Ctrl-C, unless they are ignored"
     def stop(number, frame): raise KeyboardInterrupt('stopped.', number)
     for number in _stop_signals():
         if signal.getsignal(number) == signal.SIG_DFL: signal.signal(number, stop)
@@ -257,13 +257,13 @@ def _say_stopped(error):
     "The sentence and the exit code after a signal, which is the second argument of `error`"
     if threading.current_thread() is threading.main_thread():
         for number in _stop_signals(): signal.signal(number, signal.SIG_IGN)
-    logging.getLogger('asyncio').setLevel(logging.CRITICAL)     # it would tell of the task that was cut off
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)     # it would log the task that was interrupted
     number = error.args[1] if len(error.args) > 1 and error.args[1] else signal.SIGINT
     return _say(error.args[0] if error.args else 'stopped.', 128 + number)
 
 # %% ../nbs/990_cli.ipynb #b55b433f
 def _call(args):
-    "Call the command of `args`; gives the exit code"
+    "Call the command of `args`; returns the exit code"
     try: args.call(args)
     except StripError as e: return _say(e, 2)
     except BrokenPipeError:     # a reader such as `head` has enough

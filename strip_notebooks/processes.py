@@ -55,7 +55,7 @@ def progress(
 
 # %% ../nbs/010_processes.ipynb #e2945da3
 class WorkerError(StripError):
-    "A worker process could not start, or ended before its work was done"
+    "A worker process that could not start, or that ended before its work was done"
 
 # %% ../nbs/010_processes.ipynb #d9bf78cf
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _portable(error):
 
 # %% ../nbs/010_processes.ipynb #f46f77bf
 def _run_in_worker(payload):
-    "Apply a function to an item, both pickled, and pickle whether it worked and what it gave"
+    "Apply a function to an item, both pickled; whether it worked, and the result or the error, pickled"
     if _in_worker: os.truncate(1, 0)
     try:
         function, item = pickle.loads(payload)
@@ -204,7 +204,7 @@ def _started_crew(size):
     from multiprocessing.resource_tracker import ensure_running
     crew = None
     try:
-        ensure_running()                                            # which would undo what `_deaf` does
+        ensure_running()                                            # started later, it would unblock the signal
         with _deaf():
             crew = _Crew(size)
             first = crew.submit(pickle.dumps((abs, 0)))
@@ -253,7 +253,7 @@ def _workers(size, replace=None):
 # %% ../nbs/010_processes.ipynb #36233007
 @dataclass
 class _Task:
-    "One item on its way"
+    "One item, from its submission to its result"
     payload:bytes       # Function and item
     future:object=None
     killed:bool=False   # Whether its worker was killed once

@@ -34,7 +34,7 @@ class _Inflated(io.RawIOBase):
 
 # %% ../../nbs/112_data.dicom_header.ipynb #356e98de
 class ByteReader:
-    "Bytes of a file or of an unpacked stream, read or skipped in order"
+    "Bytes of a file or of an unpacked stream, in order"
     def __init__(self,
         file,           # Binary file, at the byte `at`
         size:float,     # Number of bytes; infinite if only reading can tell
@@ -73,8 +73,8 @@ def skip(self:ByteReader,
 
 # %% ../../nbs/112_data.dicom_header.ipynb #1222d649
 _item, _item_end, _sequence_end = 0xfffee000, 0xfffee00d, 0xfffee0dd
-_undefined = 0xffffffff                                                 # a length that a delimiter tells
-_long_vrs = frozenset(b'OB OD OF OL OV OW SQ SV UC UN UR UT UV'.split())    # with four bytes of length
+_undefined = 0xffffffff                                                 # the element ends at a delimiter
+_long_vrs = frozenset(b'OB OD OF OL OV OW SQ SV UC UN UR UT UV'.split())    # their length has four bytes
 pixel_tags = 0x7fe00008, 0x7fe00009, 0x7fe00010                         # float, double and integer pixel data
 _frames_tag = 0x52009230                                                # one item per frame
 most_elements = 2_000_000                                               # elements and items of one file
@@ -125,6 +125,13 @@ class ElementWalker:
         if implicit or group == 0xfffe or not b'AA' <= vr <= b'ZZ': return tag, b'', self.length(head[4:])[0]
         return tag, vr, self.length(self.data.read(4))[0] if vr in _long_vrs else length
 
+# %% ../../nbs/112_data.dicom_header.ipynb #4ee24ded
+def _index_of(frame, found):
+    "The number from 0 of the frame that is asked for; None for all"
+    if not isinstance(frame, int): return 0 if frame is None else None
+    text = found.get(0x00280008, (b'', b''))[1]
+    return frame if frame >= 0 else frame + int(text.strip(b'\0 ') or 1)
+
 # %% ../../nbs/112_data.dicom_header.ipynb #97daa07e
 @patch
 def _dataset(self:ElementWalker, found, end, depth, implicit):
@@ -144,13 +151,6 @@ def _dataset(self:ElementWalker, found, end, depth, implicit):
         if tag not in _kept_tags: self.data.skip(length)
         elif length > most_bytes: raise ValueError('an element of the picture is too long')
         else: found[tag] = vr, self.data.read(length)
-
-# %% ../../nbs/112_data.dicom_header.ipynb #4ee24ded
-def _index_of(frame, found):
-    "The number from 0 of the frame that is asked for; None for all"
-    if not isinstance(frame, int): return 0 if frame is None else None
-    text = found.get(0x00280008, (b'', b''))[1]
-    return frame if frame >= 0 else frame + int(text.strip(b'\0 ') or 1)
 
 # %% ../../nbs/112_data.dicom_header.ipynb #2b653b04
 @patch
@@ -195,7 +195,7 @@ class DicomHeader:
     kind:object         # UID of the kind of object
     marked:bool         # It has a preamble or a file header
     pixels:tuple        # Tag, VR, length and first byte of the pixel data; None without
-    data:ByteReader     # The file, at the pixel data
+    data:ByteReader     # The file, at its pixel data
 
 # %% ../../nbs/112_data.dicom_header.ipynb #c4a15395
 def _as_dataset(found, implicit, little):

@@ -22,7 +22,7 @@ components = ('red_cells', 'platelets', 'fibrin', 'white_cells')
 class_values = dict(background=0, red_cells=1, platelets=2, fibrin=3, white_cells=4)
 
 class SyntheticError(StripError):
-    "The synthetic cohort was asked for something impossible"
+    "A synthetic image or cohort that cannot be drawn as requested"
 
 # %% ../../nbs/155_data.drawing.ipynb #2cb5624c
 def _noise_layer(rng, size, scale, angle, stretch):
@@ -225,7 +225,7 @@ def layer_fields(
     rng,                # NumPy generator
     tissue:np.ndarray,  # (size, size) bool
     style:PatientStyle, # The patient's look
-)->tuple:               # Two (size, size) float32 fields: of red cells, and of platelets against fibrin
+)->tuple:               # Two (size, size) float32 fields: red cells, and platelets rather than fibrin
     "Where red cells and platelets are likely: lakes and islands, cut by fibrin strands, in layers (the lines of Zahn)"
     size = len(tissue)
     unit = size/512
@@ -267,7 +267,7 @@ def draw_truth(
 def measure_truth(
     truth:np.ndarray,   # (H, W) uint8 in `class_values`
 )->dict:                # tissue: share of the picture; each component: share of the clot
-    "The fractions that a truth map shows"
+    "The fractions of a truth map, each 0 to 1"
     counts = np.bincount(truth.ravel(), minlength=len(class_values))
     clot = counts[1:].sum()
     return dict(tissue=clot/truth.size, **{c: counts[class_values[c]]/clot for c in components})

@@ -54,7 +54,7 @@ def drawn_counts(
     classes,                # Names of the classes, in order
     balance:str='',         # '', 'class' or 'patient'
 )->np.ndarray:              # (C,)
-    "How often each class is drawn per epoch: in images, or in patients with balance by patient"
+    "How often each class is drawn per epoch: in images, or in patients if balanced by patient"
     if balance == 'patient': rows = rows.drop_duplicates('patient_id')
     counts = rows.label.value_counts().reindex(classes).fillna(0).to_numpy(float)
     return np.full(len(classes), counts.mean()) if balance == 'class' and counts.all() else counts
@@ -94,7 +94,7 @@ class ImageClassifier(Task):
         self.criterion = make_loss(config.loss, counts, config.label_smoothing)
 
 def _checked(cohort):
-    "A labeled cohort with splits, valid; what is only unusual was said when it was prepared"
+    "A labeled cohort with splits, checked without warnings"
     import warnings
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', CohortWarning)

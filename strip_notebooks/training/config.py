@@ -58,7 +58,7 @@ def parameter_type(
 def parameter_lines(
     settings:type,      # A `Settings` class
 )->list[str]:           # Such as "epochs: int = 10   # Passes over the training images"
-    "The parameters cell of an experiment that takes these settings"
+    "The lines of the parameters cell of an experiment that takes these settings"
     return [f'{name}: {parameter_type(field.annotation)} = {field.default!r}   # {field.description}'
             for name,field in settings.model_fields.items()]
 

@@ -23,7 +23,7 @@ loss_names = ['cross_entropy', 'weighted_cross_entropy', 'focal', 'competition']
 # %% ../../nbs/400_training.losses.ipynb #eae44680
 def class_weights(
     counts,         # Images of each class, (C,), at least 1 each
-)->np.ndarray:      # (C,), weights that make the classes count alike; their mean over the images is 1
+)->np.ndarray:      # (C,), above 0; their mean over the images is 1
     "Weights that give every class the same total"
     counts = np.asarray(counts, float)
     if (counts < 1).any():

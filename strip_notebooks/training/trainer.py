@@ -82,7 +82,7 @@ def pick_precision(
     device:str,         # From `pick_device`
     name:str='auto',    # 'auto', '32-true' or 'bf16-mixed'
 )->str:                 # '32-true' or 'bf16-mixed'
-    "The precision to train in: bfloat16 where the hardware computes in it"
+    "The precision to train in: bfloat16 if the hardware computes in it"
     if name != 'auto': return name
     if device == 'cuda': fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else: fast = device == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -111,7 +111,7 @@ def _check_monitor(monitor, scores):
     raise TrainingError(f'There is no validation score {monitor!r}{nearest(monitor, scores)}')
 
 def _fabric(device, precision):
-    "Lightning Fabric, without its line about the precision, which the bundle holds"
+    "Lightning Fabric, without its log line about the precision, which the bundle records"
     from lightning_fabric import Fabric
     logging.getLogger('lightning_fabric').setLevel(logging.WARNING)
     return Fabric(accelerator=device, devices=1, precision=precision)
@@ -217,7 +217,7 @@ def train_epoch(self:Trainer,
 # %% ../../nbs/420_training.trainer.ipynb #da561390
 @patch
 def predict(self:Trainer,
-    net:nn.Module,  # The network to ask
+    net:nn.Module,  # The network that predicts
     loader,         # Batches
 )->torch.Tensor:    # (N, C) float32, on the CPU, in the loader's order
     "The logits of all samples of a loader"
@@ -358,7 +358,7 @@ def resume(self:Trainer)->None:
 # %% ../../nbs/420_training.trainer.ipynb #3f796cd7
 @patch
 def _validate(self:Trainer):
-    "The scores of an epoch; the plateau schedule follows the monitored one"
+    "The validation scores of an epoch; the plateau schedule gets the monitored one"
     scores = self.task.scores(self.predict(self.best_net, self.val_loader))
     monitored = scores[self.config.monitor]
     sign = dict(low=1, high=-1)[self.task.better[self.config.monitor]]
