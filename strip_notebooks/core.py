@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 # %% ../nbs/000_core.ipynb #fc179a0c
 class StripError(Exception):
@@ -40,7 +39,7 @@ def plural(
 )->str:             # Such as '1 patient', '2 patients' or '1,200 patients'
     "The count `n` with its noun in the right number"
     if n == 1: return f'1 {noun}'
-    ending = 'es' if noun.endswith(('s', 'x', 'z', 'ch', 'sh')) else 's'
+    ending = 'es' if noun.endswith(('s', 'x', 'z', 'tch', 'sh')) else 's'
     return f'{n:,} {many or noun + ending}'
 
 # %% ../nbs/000_core.ipynb #287d8052
@@ -155,12 +154,17 @@ def write_json(
 
 # %% ../nbs/000_core.ipynb #367b95cf
 def read_json(
-    path,       # File to read
-):              # What it holds
-    "The content of a JSON file; a `StripError` that names it if it is missing or corrupt"
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    path,           # File to read
+    needed=(),      # Names that it must hold
+)->dict:            # What it holds
+    "The content of a JSON file of names and values; a `StripError` that names it if it is missing or corrupt"
+    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise StripError(f'{path} does not exist.') from None
     except (ValueError, OSError, RecursionError) as e: raise StripError(f'{path} is not readable JSON: {e}.') from e
+    if not isinstance(found, dict): raise StripError(f'{path} holds no names and values: it is corrupt.')
+    missing = [name for name in needed if name not in found]
+    if missing: raise StripError(f'{path} holds no {listing(missing)}: it is corrupt.')
+    return found
 
 # %% ../nbs/000_core.ipynb #bd336941
 def quote_formula(
@@ -183,7 +187,7 @@ def unquote_formula(
 # %% ../nbs/000_core.ipynb #55c2bc95
 def write_csv(
     path,               # File to write
-    table:pd.DataFrame, # Table; its index is not written
+    table,              # A pandas table; its index is not written
     private:bool=False, # For identities: mode 0600, and `quote_formula` over every name and cell
 )->None:
     "Write `table` to `path` atomically as CSV"

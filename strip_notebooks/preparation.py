@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import StripError, listing, plural, read_json, write_csv, write_json
+from .core import StripError, file_hash, listing, plural, read_json, write_csv, write_json
 from .data.cache import Cache
 from .data.cohort import (CohortError, hide, identity_table, load_cohort, load_salt, read_cohort, reveal,
                                          save_cohort)
@@ -156,20 +156,22 @@ def save_prepared(
     write_csv(folder/'quarantine.csv', bad, private=True)
     if identities is not None: write_csv(folder/'identities.csv', identities, private=True)
     if 'split' in cohort: write_splits(folder/'splits', cohort)
-    write_json(folder/'preprocessing.json', preprocessing.to_dict())
+    write_json(folder/'prepared.json', dict(preprocessing=preprocessing.to_dict(), cohort=file_hash(folder/'cohort.csv')))
 
 # %% ../nbs/220_preparation.ipynb #13746270
 def load_prepared(
     folder,     # Written by `save_prepared`
 ):              # The cohort, with its split if it is labeled, and the `Preprocessing`
     "What prepare left"
-    folder = Path(folder)
-    if not (folder/'preprocessing.json').is_file():
-        raise StripError(f'There is no prepared cohort in {folder}; '
-                         '`clot run prepare` with the same parameters makes it again.')
+    folder, again = Path(folder), '`clot run prepare` with the same parameters makes it again.'
+    if not (folder/'prepared.json').is_file(): raise StripError(f'There is no prepared cohort in {folder}; {again}')
+    about = read_json(folder/'prepared.json', ['preprocessing', 'cohort'])
     cohort = load_cohort(folder/'cohort.csv')
+    if file_hash(folder/'cohort.csv') != about['cohort']:
+        raise StripError(f'{folder/"cohort.csv"} was changed after it was prepared: its labels or patients may be '
+                         f'wrong. Change your own images or table instead; {again}')
     if 'split' in cohort: cohort = read_splits(folder/'splits', cohort.drop(columns='split'))
-    return cohort, Preprocessing.from_dict(read_json(folder/'preprocessing.json'))
+    return cohort, Preprocessing.from_dict(about['preprocessing'])
 
 # %% ../nbs/220_preparation.ipynb #6c10acfe
 def training_data(

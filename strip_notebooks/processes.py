@@ -198,9 +198,8 @@ _no_start = ("No worker process could be started ({}). "
              "In a script, put what starts the work below `if __name__ == '__main__':`; "
              "otherwise this machine is short of memory, processes or file handles.")
 
-def _started_crew(size):
-    "A new crew, of which at least one worker has started"
-    from concurrent.futures.process import BrokenProcessPool
+def _start(size):
+    "A new crew, of which at least one worker has started; an error of the system or of pebble if none has"
     from multiprocessing.resource_tracker import ensure_running
     crew = None
     try:
@@ -210,10 +209,20 @@ def _started_crew(size):
             first = crew.submit(pickle.dumps((abs, 0)))
         first.result()
         return crew
-    except (BrokenProcessPool, OSError, RuntimeError) as e:
+    except BaseException:
         if crew: crew.stop()
-        why = getattr(e.__cause__ or e, 'strerror', None) or 'it ended at once'
-        raise WorkerError(_no_start.format(why)) from None
+        raise
+
+# %% ../nbs/010_processes.ipynb #ae3b9081
+def _started_crew(size, tries=3):
+    "A new crew; a `WorkerError` if none starts"
+    from concurrent.futures.process import BrokenProcessPool
+    for attempt in range(tries):
+        try: return _start(size)
+        except (BrokenProcessPool, OSError, RuntimeError) as e: error = e.__cause__ or e
+    killed = getattr(error, 'exitcode', None) == _killed
+    why = 'it was killed' if killed else getattr(error, 'strerror', None) or 'it ended at once'
+    raise WorkerError(_no_start.format(why)) from None
 
 # %% ../nbs/010_processes.ipynb #fecb4de8
 _crew = None                                                        # the crew of this process
@@ -230,10 +239,17 @@ def _end():
     _crew.stop()
 
 # %% ../nbs/010_processes.ipynb #a8951806
+_registered = None                                                  # the process whose end calls `_end`
+
 def _at_exit():
-    "Call `_end` before pebble and multiprocessing wait for their processes"
+    "Call `_end` before pebble and multiprocessing wait for their processes, in each process once"
     import pebble                                                   # what is registered later is called earlier
+    from multiprocessing.util import Finalize
+    global _registered
+    if _registered == os.getpid(): return
+    _registered = os.getpid()
     atexit.register(_end)
+    Finalize(None, _end, exitpriority=100)                          # a child of multiprocessing calls no exit function
 
 # %% ../nbs/010_processes.ipynb #d5bfead6
 def _workers(size, replace=None):
@@ -245,7 +261,7 @@ def _workers(size, replace=None):
     with _crew_lock:
         if _crew and _crew is not replace and _crew.usable(size): return _crew
         if _crew and _crew.pid == os.getpid(): _crew.stop()
-        elif not _crew: _at_exit()
+        _at_exit()
         _crew = None
         _crew = _started_crew(size)
         return _crew

@@ -245,7 +245,7 @@ def training_section(
 )->dict:
     "Which model was trained, for how long, and how it went"
     m = trained.record(Trained)
-    said = [f'{m.arch} with {plural(m.parameters, "parameter")}, {plural(m.epochs, "epoch")} on {m.device} '
+    said = [f'{m.arch} with {plural(m.parameters, "parameter")}, {plural(m.epochs, "epoch", "epochs")} on {m.device} '
             f'({m.precision}). '
             f'The weights of epoch {m.best_epoch} are kept, chosen by the {m.monitor.replace("_", " ")} of the '
             'patients in the validation set. '

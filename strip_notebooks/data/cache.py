@@ -20,14 +20,18 @@ from ..core import StripError, content_hash, file_hash, plural, read_json, write
 from .checks import showable
 from .cohort import check_cohort, cohort_readings
 from .decoding import decode
+from .images import Limits
 from .measure import measured, measures_table, read_and_measure
 from .preprocess import Preprocessing, PreprocessError, prepared_pixels
 from ..processes import cpu_count, progress
 
 # %% ../../nbs/175_data.cache.ipynb #24f69375
 def _content(path):
-    "The hash of a file's bytes; '' if it is no file that can be read"
-    try: return file_hash(path) if os.path.isfile(path) else ''
+    "The hash of a file's bytes; '' if it is no file that can be read, its size if it is larger than any that is read"
+    try:
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        if size > Limits().file_bytes: return f'{size} bytes'
+        return file_hash(path) if size else ''
     except (OSError, ValueError): return ''
 
 def _cache_key(cohort, preprocessing):
@@ -36,7 +40,7 @@ def _cache_key(cohort, preprocessing):
         hashes = list(progress(pool.map(_content, cohort.path), 'fingerprinting files', total=len(cohort)))
     settings = {k: v for k,v in preprocessing.to_dict().items() if k in ('size', 'fit', 'stain', 'clahe')}
     readings = [vars(r) for r in cohort_readings(cohort, preprocessing.reading)]
-    version = 'pixels 3'        # another number whenever the pixels or the measures change
+    version = 'pixels 4'        # another number whenever the pixels or the measures change
     return content_hash(version, settings, readings, cohort.image_id.tolist(), hashes)
 
 # %% ../../nbs/175_data.cache.ipynb #037e8eab
@@ -65,11 +69,20 @@ def _room(folder, what, nbytes):
                               'make room or choose a smaller size, then run this again: it resumes.') from None
 
 # %% ../../nbs/175_data.cache.ipynb #01797b46
+def _corrupt(folder):
+    "The error for a cache that was changed after it was written"
+    return PreprocessError(f'The cache {folder} is corrupt or was changed; delete this folder, and `clot run prepare` '
+                           'with the same parameters makes it again.')
+
+# %% ../../nbs/175_data.cache.ipynb #0043cc55
 def _json_lines(path):
-    "The complete lines of a file of JSON lines"
+    "The complete lines of the measures of a cache; a `PreprocessError` if they are something else"
     if not path.exists(): return []
-    lines = path.read_bytes().split(b'\n')[:-1]
-    return [json.loads(l) for l in lines]
+    try:
+        lines = [json.loads(l) for l in path.read_bytes().split(b'\n')[:-1]]
+        if all({'row', 'reason', 'stained'} <= set(l) and isinstance(l['row'], int) for l in lines): return lines
+    except (ValueError, TypeError, RecursionError): pass
+    raise _corrupt(path.parent)
 
 # %% ../../nbs/175_data.cache.ipynb #14ceb464
 class _Build:
@@ -148,14 +161,14 @@ def _alone(folder):
     finally: lock.release()
 
 # %% ../../nbs/175_data.cache.ipynb #0a55f7fc
-def _cached(folder, n):
+def _cached(folder, n, size):
     "Pixels, measures of each of `n` rows, and the number of decoded files, of a finished cache"
     lines = _json_lines(folder/'measures.jsonl')
     found = {line['row']: line for line in lines}
-    try: return np.load(folder/'images.npy', mmap_mode='r'), [found[row] for row in range(n)], len(lines)
-    except (OSError, ValueError, KeyError):
-        raise PreprocessError(f'The cache {folder} has lost its pixels; '
-                              'delete this folder, and build_cache makes it again.') from None
+    try: images, rows = np.load(folder/'images.npy', mmap_mode='r'), [found[row] for row in range(n)]
+    except (OSError, ValueError, EOFError, KeyError): raise _corrupt(folder) from None
+    if images.shape != (n, size, size, 3) or images.dtype != np.uint8: raise _corrupt(folder)
+    return images, rows, len(lines)
 
 # %% ../../nbs/175_data.cache.ipynb #1bc39116
 class Cache:
@@ -167,10 +180,12 @@ class Cache:
         if not (self.folder/'index.json').is_file():
             raise PreprocessError(f'There is no finished cache in {self.folder}; '
                                   'build_cache makes it, and so does `clot run prepare` with the same parameters.')
-        index = read_json(self.folder/'index.json')
-        self.preprocessing = Preprocessing.from_dict(index['preprocessing'])
-        image_ids = index['image_ids']
-        self.images,found,self.decodes = _cached(self.folder, len(image_ids))   # decodes: how many files were decoded
+        index = read_json(self.folder/'index.json', ['preprocessing', 'image_ids', 'hash'])
+        image_ids, settings = index['image_ids'], index['preprocessing']
+        if index['hash'] != content_hash(settings, image_ids): raise _corrupt(self.folder)
+        self.preprocessing = Preprocessing.from_dict(settings)
+        size = self.preprocessing.size
+        self.images,found,self.decodes = _cached(self.folder, len(image_ids), size)     # decodes: files decoded
         self.measures = measures_table(found, image_ids)
         self.row_of = {i: r for r,i in enumerate(image_ids) if not found[r]['reason']}
         self.stain_unchanged = [i for i,r in self.row_of.items() if not found[r]['stained']]
@@ -210,6 +225,7 @@ def _finish(folder, cohort, preprocessing, workers):
         build = _Build(folder, len(cohort), preprocessing.size)
         if _left(build.done(), len(cohort)): _fill(build, cohort, preprocessing, workers)
         index = dict(preprocessing=preprocessing.to_dict(), image_ids=cohort.image_id.tolist())
+        index['hash'] = content_hash(*index.values())
         if not (folder/'index.json').exists(): write_json(folder/'index.json', index)
 
 # %% ../../nbs/175_data.cache.ipynb #ed963dbf

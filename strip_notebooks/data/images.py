@@ -288,7 +288,9 @@ def to_uint8(
     image:np.ndarray,   # uint8 0 to 255, or float32 0 to 1, of any shape
 )->np.ndarray:          # uint8 of the same shape
     "The picture in 8 bits, rounded"
-    return image if image.dtype == np.uint8 else (np.clip(image, 0, 1)*255 + .5).astype(np.uint8)
+    if image.dtype == np.uint8: return image
+    rounded = lambda rows: (np.clip(rows, 0, 1)*255 + .5).astype(np.uint8)
+    return by_rows(rounded, image) if image.ndim > 1 else rounded(image)
 
 # %% ../../nbs/100_data.images.ipynb #02cb9ffc
 def turned(

@@ -86,12 +86,14 @@ def _png_text(kind, content):
     return name, _unpacked(text) if packed else text
 
 # %% ../../nbs/105_data.raster.ipynb #eb77e650
+_png_texts = (b'XML:com.adobe.xmp', b'Raw profile type exif', b'Raw profile type APP1', b'Raw profile type xmp')
+
 def _png_orientation(chunks):
     "How a PNG must be turned"
     exif = xmp = b''
     for kind, content in chunks:
         if kind == b'eXIf': exif = content
-        if kind not in (b'tEXt', b'zTXt', b'iTXt'): continue
+        if kind not in (b'tEXt', b'zTXt', b'iTXt') or not content.startswith(_png_texts): continue  # others stay packed
         name, text = _png_text(kind, content)
         if name == b'XML:com.adobe.xmp': xmp = text
         if name in (b'Raw profile type exif', b'Raw profile type APP1') and not exif: exif = _raw_profile(text)

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from ..bundle import Bundle
-from ..core import StripError
+from ..core import StripError, listing
 from . import figures
 from .scores import center_table, class_table, image_scores, scores
-from ..predictions import aggregate_patients, patient_arrays
+from ..predictions import aggregate_patients, classes_of, patient_arrays
 from ..statistics import Estimate, permutation_p
 
 # %% ../../nbs/540_metrics.evaluation.ipynb #30976c03
@@ -62,6 +62,9 @@ def evaluate_bundle(
     "The evaluation of a bundle on the test set of its predictions, at its own operating point"
     images = predictions[predictions.split == 'test'].reset_index(drop=True)
     if not len(images): raise StripError('No image is in the test set; prepare with a test_ratio above 0.')
+    if classes_of(images) != bundle.classes:
+        raise StripError(f'The predictions are of the classes {listing(classes_of(images))}, and the model is for '
+                         f'{listing(bundle.classes)}; they do not belong together.')
     patients = aggregate_patients(images, bundle.how)
     common = dict(threshold=bundle.threshold, n_resamples=n_resamples, seed=seed, positive=bundle.positive)
     tables = _tables(bundle, images, patients, common)

@@ -61,7 +61,7 @@ def roc_figure(
     ax.set(xlim=(-.01, 1.01), ylim=(-.01, 1.01), aspect='equal')
     ax.set(xlabel='1 - specificity', ylabel=f'sensitivity for {positive}')
     ax.set_title(_count(y, positive), fontsize=10)
-    ax.legend(frameon=False, fontsize=8, loc='lower right')
+    fig.legend(frameon=False, fontsize=8, loc='outside lower center')
     return fig
 
 # %% ../../nbs/530_metrics.figures.ipynb #81f43ed2
@@ -91,7 +91,7 @@ def pr_figure(
     ax.set(xlabel=f'sensitivity for {positive}', ylabel=f'precision for {positive}')
     ax.set(xlim=(-.01, 1.01), ylim=(-.01, 1.05))
     ax.set_title(_count(y, positive), fontsize=10)
-    ax.legend(frameon=False, fontsize=8, loc='best')
+    fig.legend(frameon=False, fontsize=8, loc='outside lower center')
     return fig
 
 # %% ../../nbs/530_metrics.figures.ipynb #5b4b6a7a
@@ -105,10 +105,11 @@ def reliability_figure(
     t = reliability_table(y, p, bins)
     ax.plot([0, 1], [0, 1], color='.5', ls=':', label='perfect calibration')
     around = [t.observed - t.low, t.high - t.observed]
-    ax.errorbar(t.predicted, t.observed, around, fmt='o-', color=color, capsize=2, lw=1, label='observed, 95 % CI')
-    for r in t.itertuples(): ax.annotate(str(r.patients), (r.predicted, 1.03), ha='center', fontsize=7, color='.35')
+    ax.errorbar(t.predicted, t.observed, around, fmt='o', color=color, capsize=2, lw=1, label='observed, 95 % CI')
+    for i,r in enumerate(t.itertuples()):                   # on two levels, as neighbors may be close
+        ax.annotate(str(r.patients), (r.predicted, 1.03 + i%2*.06), ha='center', fontsize=7, color='.35')
     ax.set(xlabel=f'predicted probability of {positive}', ylabel=f'observed share of {positive}',
-           xlim=(-.02, 1.02), ylim=(-.02, 1.1), yticks=np.linspace(0, 1, 6))
+           xlim=(-.02, 1.02), ylim=(-.02, 1.15), yticks=np.linspace(0, 1, 6))
     ax.set_title(f'{plural(len(y), "patient")}; patients per bin at the top', fontsize=10)
     fig.legend(frameon=False, fontsize=8, loc='outside lower center', ncols=2)
     return fig
@@ -223,5 +224,5 @@ def picture_figure(
         if not len(rows): axs[0].text(.5, .5, 'none', ha='center', va='center', transform=axs[0].transAxes)
         for ax,r in zip(axs, rows.itertuples()):
             ax.imshow(cache.images[cache.rows([r.image_id])[0]])
-            ax.set_title(f'{_shown(positive)} {r.p:.2f}', fontsize=8)
+            ax.set_title(f'p({_shown(positive)}) {r.p:.2f}', fontsize=7)
     return fig

@@ -18,6 +18,11 @@ from ..processes import cpu_count
 class SettingsError(StripError):
     "A setting is unknown, of the wrong type or out of range"
 
+def _short(value, most=80):
+    "A value as Python writes it, cut to `most` characters"
+    text = repr(value)
+    return text if len(text) <= most else f'{text[:most - 3]}...'
+
 def _problem(error, names):
     "One problem of a pydantic report as a sentence"
     name = '.'.join(str(part) for part in error['loc'][:1])
@@ -27,10 +32,12 @@ def _problem(error, names):
     value = error['input']
     if kind == 'literal_error':
         choices = [c.strip(" '") for c in error['ctx']['expected'].replace(' or ', ',').split(',')]
-        return f'There is no {name} {value!r}{nearest(value, choices)}'
+        return f'There is no {name} {_short(value)}{nearest(value, choices)}'
+    if kind == 'string_too_short': return f'{name} is empty; give a value.'
+    if kind == 'string_pattern_mismatch': return f'{name}={_short(value)} is not possible. {names[name].description}.'
     expected = error['msg'].removeprefix('Input should be ').removeprefix('a valid ')
     whole = {'integer': 'a whole number', 'number': 'a number', 'string': 'text', 'boolean': 'true or false'}
-    return f'{name}={value!r} must be {whole.get(expected, expected)}.'
+    return f'{name}={_short(value)} must be {whole.get(expected, expected)}.'
 
 # %% ../../nbs/405_training.config.ipynb #e59840ba
 class Settings(BaseModel):
