@@ -158,7 +158,7 @@ bundle_runtimes = {}
 
 def register_runtime(
     name:str,   # Such as 'torch' or 'onnx'
-    loader,     # Called with spec, files (name -> bytes) and device; gives an object with `batch` and `logits`
+    loader,     # Called with spec, files (name -> bytes) and device; returns an object with `batch` and `logits`
 )->None:
     "Make a runtime known to `load_bundle`"
     bundle_runtimes[name] = loader
@@ -167,8 +167,7 @@ def _runtime(name, spec, files, device):
     "The runtime of a bundle, loaded"
     if name not in bundle_runtimes:
         raise BundleError(f'The bundle needs the runtime {name!r}, which is not registered; '
-                          'import the module that provides it'
-                          f'{nearest(name, bundle_runtimes)}')
+                          f'import the module that provides it{nearest(name, bundle_runtimes)}')
     return bundle_runtimes[name](spec, files, device)
 
 # %% ../nbs/310_bundle.ipynb #a13dad96
@@ -208,8 +207,7 @@ def _fill(model, weights, arch):
     wrong = sorted(set(own) ^ set(weights)) + [n for n in own if n in weights and own[n].shape != weights[n].shape]
     if wrong:
         raise BundleError(f"The weights do not belong to {arch}: {len(wrong)} tensors are missing, "
-                          "unknown or of another shape, "
-                          f"such as {', '.join(wrong[:3])}.")
+                          f"unknown or of another shape, such as {', '.join(wrong[:3])}.")
     if not all(w.isfinite().all() for w in weights.values()):
         raise BundleError('The weights hold values that are not finite; '
                           'the training that wrote them had failed. Train again.')
@@ -277,9 +275,8 @@ def _read_json(path):
     if body.get('version') == 1:
         raise BundleError(f'{path} is of version 1, which is no longer read; train again.')
     if body.get('version') != bundle_version:
-        raise BundleError(f"{path} is of version {body.get('version')!r}, "
-                          f"and this library reads version {bundle_version}; "
-                          "use the library that wrote it.")
+        raise BundleError(f"{path} is of version {body.get('version')!r}, and this library reads "
+                          f"version {bundle_version}; use the library that wrote it.")
     types = dict(kind=str, runtime=str, spec=dict, files=dict, parent=str, sha256=str)
     if wrong := [k for k,t in types.items() if not isinstance(body.get(k), t)]:
         raise BundleError(f"{path} lacks {', '.join(wrong)}: it is corrupt.")
@@ -430,7 +427,7 @@ def predict(self:Bundle,
 
 # %% ../nbs/310_bundle.ipynb #aec5f0ae
 def _changed(spec, changes):
-    "`spec` with `changes`; a threshold that was chosen for something else is no longer the rule's choice"
+    "`spec` with `changes`; the rule is 'fixed' if the threshold was chosen for something else"
     stale = any(k in changes and changes[k] != spec[k] for k in ('positive', 'calibration', 'how'))
     if stale and 'threshold' not in changes: changes = dict(rule='fixed', target=None, **changes)
     if changes.get('positive', spec['positive']) != spec['positive'] and 'threshold' not in changes:

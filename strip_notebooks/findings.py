@@ -44,7 +44,7 @@ no_estimate_reasons = dict(
 
 @dataclass(frozen=True)
 class NoEstimate:
-    "Why a question has no number; numbers that belong to the reason are values of the finding"
+    "The reason why a question has no number; numbers that belong to the reason are values of the finding"
     reason:str # A key of `no_estimate_reasons`
 
     def __post_init__(self):
@@ -222,18 +222,18 @@ define('CHK003', 'Tiny images', Verdict.WARNING, 'Images whose shorter side is b
 define('CHK004', 'Near-duplicate images', Verdict.WARNING,
        'Pairs of images that look the same: at most 20 of the 256 bits of their perceptual hashes differ.',
        'Look at the pairs. The same clot under two patients is a leak: merge the patients or leave one out.',
-       none='No two images are near-duplicates.', some='No two of the {looked_at:#image} that can be compared '
-                                                       'are near-duplicates.',
+       none='No two images are near-duplicates.',
+       some='No two of the {looked_at:#image} that can be compared are near-duplicates.',
        found='{pairs:#pair} of images {pairs:looks|look} the same.')
 
 # %% ../nbs/050_findings.ipynb #9aec0287
 define('CHK005', 'Patients per class', Verdict.ERROR, 'Two classes or more, each with at least 10 patients.',
        'Collect more patients, or leave the class out.',
-       enough='{classes:#patient}.', few='{classes:#patient}; fewer than {least} of a class allow no reliable '
-                                         'estimate.',
+       enough='{classes:#patient}.',
+       few='{classes:#patient}; fewer than {least} of a class allow no reliable estimate.',
        one='{classes:#patient}; a classifier needs two classes.')
-define('CHK006', 'Images per patient', Verdict.OK, 'How many images show each patient. All of them go to one '
-                                                   'split.', 'Nothing.',
+define('CHK006', 'Images per patient', Verdict.OK,
+       'How many images show each patient. All of them go to one split.', 'Nothing.',
        same='{images:#image} of {n:#patient}, {least} per patient.',
        range='{images:#image} of {n:#patient}, {least} to {most} per patient.')
 define('CHK007', 'Patients per center', Verdict.WARNING, 'Each center has patients of every class.',
@@ -257,20 +257,20 @@ define('CHK009', 'Image sizes', Verdict.WARNING, 'All images have one size.',
        'Read AUD011: the audit asks whether the size predicts the label.',
        one='All images have {width} × {height} px.',
        several='{sizes:#size} of images, most often {width} × {height} px ({most} of {n}).')
-define('CHK010', 'Brightness', Verdict.WARNING, 'No image is nearly black or white (a mean below 10 or above '
-                                                '245 of 255).',
+define('CHK010', 'Brightness', Verdict.WARNING,
+       'No image is nearly black or white (a mean below 10 or above 245 of 255).',
        'Look at these images.',
        none='The mean of an image is {least} to {most} of 255.',
        found='{n:#image} {n:is|are} nearly black or white; the mean of an image is {least} to {most} of 255.')
 
 # %% ../nbs/050_findings.ipynb #fec86f61
-define('CHK011', 'Burned-in text', Verdict.WARNING, 'DICOM files whose BurnedInAnnotation is YES: the pixels '
-                                                    'may show a name.',
-       'Look at the images where patients may be seen, and cut the text off. Until then they are left out of '
-       'figures and reports.',
+define('CHK011', 'Burned-in text', Verdict.WARNING,
+       'DICOM files whose BurnedInAnnotation is YES: the pixels may show a name.',
+       'Look at the images where patients may be seen, and cut the text off. '
+       'Until then they are left out of figures and reports.',
        none='No file says that text is burned into its pixels.',
-       found='{n:#image} may show text that identifies the patient; {n:it is|they are} left out of figures and '
-             'reports.',
+       found='{n:#image} may show text that identifies the patient; '
+             '{n:it is|they are} left out of figures and reports.',
        allowed='{n:#image} may show text that identifies the patient, and {n:is|are} allowed in figures and reports.')
 define('CHK012', 'Centers that look like names', Verdict.WARNING,
        'More than half of the centers have one patient: the column may hold patients or their names.',
@@ -283,8 +283,8 @@ define('CHK013', 'Paths outside the folder', Verdict.NOTE, 'Images whose path le
        found='{n:#image} {n:is|are} outside the folder of {n:its|their} table.')
 
 # %% ../nbs/050_findings.ipynb #f079ce2d
-define('AUD001', 'Shared patients', Verdict.ERROR, 'Patients in more than one split. The model is tested on '
-                                                   'patients it was trained on.',
+define('AUD001', 'Shared patients', Verdict.ERROR,
+       'Patients in more than one split. The model is tested on patients it was trained on.',
        'Split again by patient; no result of this split is valid.',
        none='No patient is in more than one split.',
        found='{n:#patient} {n:is|are} in more than one split: no result of this split is valid.')
@@ -293,10 +293,10 @@ define('AUD002', 'Center in one split', Verdict.WARNING,
        'Read the result as one about a new center, or split again over all centers.',
        none='No center is in one split only.',
        train='Center {center} is only in the training set ({n:#patient}): the test says nothing about this center.',
-       val='Center {center} is only in the validation set ({n:#patient}): the epoch is chosen on a center that '
-           'training lacks.',
-       test='Center {center} is only in the test set ({n:#patient}): the test asks how the model does at a '
-            'center that it has never seen.')
+       val='Center {center} is only in the validation set ({n:#patient}): '
+           'the epoch is chosen on a center that training lacks.',
+       test='Center {center} is only in the test set ({n:#patient}): '
+            'the test asks how the model does at a center that it has never seen.')
 define('AUD003', 'Near-duplicates across splits', Verdict.WARNING,
        'Images of different patients that look the same: one slide scanned twice, or one patient under two ids.',
        'Look at the pairs. The same clot under two patients is a leak: merge the patients and split again.',
@@ -315,13 +315,12 @@ def _probe(
     whether = f'{feature} alone predicts the {target}{{among}}'
     start = whether[0].upper() + whether[1:]
     score = '(AUC {estimate})'
+    alone = f'{feature[0].upper()}{feature[1:]} alone: AUC {{estimate}} for the {target}{{among}}'
     return dict(
         {k: f'{start} {score}. {v}' for k, v in tells.items()},
         little=f'{start.replace("predicts", "may predict")} {score}, but too little to explain a result.',
-        nothing=f'{feature[0].upper()}{feature[1:]} alone: AUC {{estimate}} for the {target}{{among}}, not '
-                'distinguishable from chance.',
-        below=f'{feature[0].upper()}{feature[1:]} alone: AUC {{estimate}} for the {target}{{among}}, below chance, '
-              'so it explains no result.',
+        nothing=f'{alone}, not distinguishable from chance.',
+        below=f'{alone}, below chance, so it explains no result.',
         no_estimate=f'Whether {whether} cannot be estimated: {{reason}}.')
 
 # %% ../nbs/050_findings.ipynb #07157bad
@@ -334,11 +333,11 @@ define('AUD011', 'Image size → label', Verdict.WARNING, 'Do height and width o
 
 # %% ../nbs/050_findings.ipynb #a00b6fa8
 define('AUD012', 'Mean color → label', Verdict.WARNING, 'Does the mean color of the images alone predict the label?',
-       'If it does so only between centers, normalize the stain, and test on centers that the model was not '
-       'trained on.',
+       'If it does so only between centers, normalize the stain, '
+       'and test on centers that the model was not trained on.',
        **_probe('the mean color', 'label',
-                tells='It does so within a center too, as tissue can: red cells color a clot. A network must '
-                      'beat this baseline.',
+                tells='It does so within a center too, as tissue can: red cells color a clot. '
+                      'A network must beat this baseline.',
                 between='Within centers it does not: it reflects the stain or the scanner of the center, a shortcut.',
                 unknown='The centers are not known, so this may be a stain or a scanner as well as tissue.'))
 define('AUD013', 'Color within centers → label', Verdict.WARNING,
@@ -347,11 +346,10 @@ define('AUD013', 'Color within centers → label', Verdict.WARNING,
        **_probe('the color, compared within centers,', 'label', tells='It may reflect the tissue itself.'))
 define('AUD014', 'Mean color → center', Verdict.WARNING, 'Does the mean color alone predict the center?',
        'Stains differ. Normalize them where the center predicts the label or is in one split only.',
-       **_probe('the mean color', 'center', tells='Stains differ; this is harmless as long as the center does '
-                                                  'not predict the label.',
-                matters='The center predicts the label or is in one split only, so a model can use the stain in '
-                        'place of the clot, '
-                        'or fail on a stain that it has not seen.'))
+       **_probe('the mean color', 'center',
+                tells='Stains differ; this is harmless as long as the center does not predict the label.',
+                matters='The center predicts the label or is in one split only, so a model can use the stain '
+                        'in place of the clot, or fail on a stain that it has not seen.'))
 
 # %% ../nbs/050_findings.ipynb #ae12020c
 def code_table()->pd.DataFrame: # One row per code: code, title, worst verdict, meaning, what to do

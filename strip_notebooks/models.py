@@ -19,7 +19,7 @@ from .core import StripError, nearest, plural
 
 # %% ../nbs/300_models.ipynb #9c0c4cf1
 class ModelError(StripError):
-    "A model cannot be built, loaded or frozen as asked"
+    "A model cannot be built, loaded or frozen as requested"
 
 def conv_block(
     inputs:int,     # Channels in

@@ -17,7 +17,7 @@ from .core import StripError, listing, nearest, plural, write_csv
 
 # %% ../nbs/020_predictions.ipynb #3891bb11
 class PredictionsError(StripError):
-    "A table is not a table of predictions"
+    "A table that is no valid table of predictions"
 
 def classes_of(
     predictions:pd.DataFrame,   # Predictions, per image or per patient
@@ -56,8 +56,7 @@ def _check_ids(predictions, labeled):
             raise PredictionsError(f'The predictions have no column {c!r}{nearest(c, predictions.columns)}')
         gaps = _gaps(predictions[c])
         if gaps.any():
-            raise PredictionsError(f'{plural(gaps.sum(), "row")} without {c}, '
-                                   f'the first is row {gaps.argmax()}.')
+            raise PredictionsError(f'{plural(gaps.sum(), "row")} without {c}, the first is row {gaps.argmax()}.')
 
 # %% ../nbs/020_predictions.ipynb #5ed1f584
 def _check_probabilities(predictions):
@@ -68,8 +67,7 @@ def _check_probabilities(predictions):
     bad = ~(valid.all(1) & (abs(p.sum(1) - 1) < 1e-4))
     if bad.any():
         raise PredictionsError(f"{plural(bad.sum(), 'row')} without probabilities from 0 to 1 that sum to 1 "
-                               f"in {listing(columns)}, "
-                               f"the first is row {bad.argmax()}. Are they logits?")
+                               f"in {listing(columns)}, the first is row {bad.argmax()}. Are they logits?")
 
 # %% ../nbs/020_predictions.ipynb #f65f0b05
 def _patient_keys(predictions): return ['patient_id'] + [c for c in ('repeat',) if c in predictions]
@@ -102,9 +100,9 @@ def check_predictions(
     if 'label' in predictions:
         strange = ~predictions.label.isin(classes_of(predictions)).to_numpy()
         if strange.any():
-            raise PredictionsError(f'{plural(strange.sum(), "row")} with a label that has no probability '
-                                   'column, the first is row '
-                                   f'{strange.argmax()}; the classes are {listing(classes_of(predictions))}.')
+            raise PredictionsError(f'{plural(strange.sum(), "row")} with a label that has no probability column, '
+                                   f'the first is row {strange.argmax()}; '
+                                   f'the classes are {listing(classes_of(predictions))}.')
     _check_unique(predictions)
     return predictions
 

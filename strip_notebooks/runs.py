@@ -80,7 +80,7 @@ def environment(
 
 # %% ../nbs/040_runs.ipynb #0543e500
 def workspace()->Path: # An absolute folder
-    "The nearest folder upwards with the project's settings.ini, or the current folder where there is none"
+    "The nearest folder upwards with the project's settings.ini, or the current folder if there is none"
     def is_ours(folder):
         settings = folder/'settings.ini'
         return settings.is_file() and 'lib_name = strip_notebooks' in settings.read_text()
@@ -119,7 +119,7 @@ class Owner:
 # %% ../nbs/040_runs.ipynb #c268e6a6
 @dataclass(frozen=True)
 class Status(Owner):
-    "What is recorded of a run: what it is, who works on it, and how it ended"
+    "The record of a run: what it is, which process works on it, and how it ended"
     state:str = 'running'   # 'running', 'finished', 'failed' or 'interrupted'
     step:str = ''           # The experiment, such as 'train'
     started:str = ''        # When it was first started, in UTC
@@ -167,7 +167,7 @@ def _well_typed(found):
 
 @patch(as_prop=True)
 def status(self:Run)->Status:
-    "What is recorded; a `RunError` if it cannot be read"
+    "The recorded status; a `RunError` if it cannot be read"
     found = read_json(self.path/'status.json')
     if not isinstance(found, dict) or not found.get('step') or not _well_typed(found):
         raise RunError(f'{self.name}/status.json is not the status of a run of this version; make the run again.')
@@ -253,7 +253,7 @@ def resume(self:Run)->None:
 # %% ../nbs/040_runs.ipynb #35903de5
 @patch
 def clean(self:Run)->list[str]: # The names of what was removed
-    "Remove what a killed process left half-written, unless the run is running or has finished"
+    "Remove incomplete files of a killed process, unless the run is running or has finished"
     from filelock import FileLock
     with FileLock(self.path/'.lock'):
         return remove_temporaries(self.path) if self.state in ('interrupted', 'failed') else []
@@ -408,13 +408,13 @@ def record(self:Run,
 def save_summary(self:Run,
     text:str,   # Some lines
 )->None:
-    "Save what a person reads when the run is done"
+    "Save the lines that are printed when the run is done"
     write_text(_writable(self, 'summary.txt'), text.rstrip('\n') + '\n')
 
 # %% ../nbs/040_runs.ipynb #df78510b
 @patch(as_prop=True)
 def summary(self:Run)->str:
-    "What a person reads when the run is done; empty if it has nothing to say"
+    "The lines that are printed when the run is done; empty if there are none"
     path = self.path/'summary.txt'
     return path.read_text(encoding='utf-8') if path.is_file() else ''
 

@@ -32,12 +32,12 @@ class Allowance:
     def memory(self,
         pixels:int, # Declared pixels
     ):
-        "Bytes"
+        "Bytes of memory beyond what the process had before"
         return self.bytes + self.bytes_per_pixel*pixels
 
 # %% ../../nbs/135_data.decoding.ipynb #fc138305
 def _memory_now():
-    "Bytes of data, and of address space, that this process has; None where the system does not tell (macOS)"
+    "Bytes of data, and of address space, that this process has; None where the system does not report it (macOS)"
     if not os.path.exists('/proc/self/statm'): return None
     import resource
     with open('/proc/self/statm') as f: counts = [int(n)*resource.getpagesize() for n in f.read().split()]

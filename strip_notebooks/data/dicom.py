@@ -51,7 +51,7 @@ def _expanded(
 
 # %% ../../nbs/115_data.dicom.ipynb #714cc883
 def _segment(codes, at, out, count, bits, nested=False):
-    "Append the entries of one segment to `out`; where the next begins"
+    "Append the entries of one segment to `out`; returns where the next segment begins"
     kind,n = codes[at], codes[at + 1]
     if kind == 0:                                                       # n entries
         out.extend(codes[at + 2:at + 2 + n])

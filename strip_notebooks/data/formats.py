@@ -28,7 +28,7 @@ def _format_of(
     head:bytes,     # The first 352 bytes
     suffix:str,     # Of the name, lower case
 )->str:             # The format, or None
-    "The format that these bytes begin"
+    "The format of a file that begins with these bytes"
     if head[128:132] == b'DICM': return 'dicom'     # first, as the preamble before it may look like a TIFF
     for mark, kind in _marks.items():
         if head.startswith(mark): return kind

@@ -43,7 +43,7 @@ def read_and_measure(
     path,                       # An image file
     reading:Reading=Reading(),  # Which picture of it
 ):                              # (H, W, 3) uint8, and its measures
-    "The picture in a file and what is to be known about it; an `ImageError` if it cannot be used"
+    "The picture in a file and its measures; an `ImageError` if it cannot be used"
     image = to_uint8(read_image(path, reading))
     if image.ndim > 3: raise ImageError(path, 'choice', 'all frames were asked for; give the number of one.')
     kind = image_format(path)
@@ -54,7 +54,7 @@ def read_and_measure(
 
 # %% ../../nbs/145_data.measure.ipynb #c3fbf225
 def measured(
-    found:Decoded,  # What came of a file in a worker: measures, or an error
+    found:Decoded,  # The result of a file in a worker: measures, or an error
     measures:dict,  # Its measures, None after an error
 )->dict:            # The columns of `measure_columns`; of a failed file, reason, message and printed only
     "The row of a file"

@@ -89,7 +89,7 @@ def load_schedule_state(
     schedule,       # From `make_schedule`, with the same arguments
     state:dict,     # From `schedule_state`
 ):                  # The same schedule
-    "Put a schedule where another one was"
+    "Restore the saved state of a schedule"
     state = dict(state)
     for part,s in zip(getattr(schedule, '_schedulers', []), state.pop('parts', [])): load_schedule_state(part, s)
     schedule.__dict__.update(state)
