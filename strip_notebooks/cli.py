@@ -9,7 +9,7 @@ __all__ = ['gather_parameters', 'run_command', 'runs_command', 'demo_parameters'
 import argparse, contextlib, logging, os, signal, sys, threading
 from pathlib import Path
 
-from .core import StripError, nearest
+from .core import StripError, nearest, plural
 
 # %% ../nbs/990_cli.ipynb #05060c07
 def _read_yaml(file):
@@ -93,6 +93,24 @@ def _found(row):
     return f'validation AUC {validation:.2f}' if validation == validation else ''
 
 # %% ../nbs/990_cli.ipynb #81981b0a
+def _compared(runs):
+    "The paired differences of two models as text, below what they are differences of"
+    from strip_notebooks.bundle import load_bundle
+    from strip_notebooks.metrics.compare import compare
+    from strip_notebooks.predictions import aggregate_patients
+    first, second = bundles = [load_bundle(run.bundle) for run in runs]
+    if first.positive != second.positive:
+        raise StripError(f'The positive class of the first model is {first.positive}, of the second {second.positive}; '
+                         'derive one of them with the class of the other: clot run derive -p positive=...')
+    tables = [aggregate_patients(run.predictions.query("split == 'test'"), b.how) for run, b in zip(runs, bundles)]
+    table = compare(*tables, thresholds=[b.threshold for b in bundles], positive=first.positive)
+    lines = [f'{word}: {run.name}, classified as {b.positive} if p ≥ {b.threshold:.3f}'
+             for word, run, b in zip(('first', 'second'), runs, bundles)]
+    patients = plural(table.attrs['patients'], 'test patient')
+    lines += [f'{patients}; low and high: 95 % CI of the paired difference, first minus second', '']
+    return '\n'.join([*lines, table.round(3).to_string(na_rep='')])
+
+# %% ../nbs/990_cli.ipynb #2ef6b159
 def runs_command(
     args,   # The parsed words after `clot runs`
 )->None:
@@ -106,11 +124,8 @@ def runs_command(
         return None if len(runs) else print('No runs yet; `clot demo` makes the first.')
     if len(args.compare) != 2 or not all(args.compare):
         raise StripError('`clot runs A B` compares two runs; give two names.')
-    from strip_notebooks.metrics.compare import compare
-    from strip_notebooks.predictions import aggregate_patients
-    runs = [find_run(name, ['train', 'derive'], args.runs) for name in args.compare]
-    tables = [aggregate_patients(run.predictions.query("split == 'test'")) for run in runs]
-    print(compare(*tables).round(3).to_string(na_rep=''))
+    if args.compare[0] == args.compare[1]: raise StripError('The two runs are the same; give the names of two.')
+    print(_compared([find_run(name, ['train', 'derive'], args.runs) for name in args.compare]))
 
 # %% ../nbs/990_cli.ipynb #82072f80
 _demo_options = dict(data=['prepare'], columns=['prepare'], preset=['prepare'], patients=['prepare'], size=['prepare'],
@@ -136,19 +151,17 @@ def demo_parameters(
 # %% ../nbs/990_cli.ipynb #ee746d6e
 def _check_demo(steps):
     "A `StripError` for values that are out of range or do not go together, and for a model that does not exist"
-    from strip_notebooks.experiments import check_parameters, experiment_path
-    values = {step: check_parameters(experiment_path(step), given) for step, given in steps.items()}
-    given, data = steps['prepare'], values['prepare']['data']
-    if 'data' in given and not (data and Path(data).exists()): raise StripError(f'--data {data!r} does not exist.')
+    from strip_notebooks.experiments import check_names, check_parameters, experiment_path
+    given, data = steps['prepare'], steps['prepare'].get('data')
+    if data is not None and not (data and Path(data).exists()): raise StripError(f'--data {data!r} does not exist.')
     for option in ('preset', 'patients'):
         if data and option in given:
             raise StripError(f'--{option} is about the synthetic cohort, --data about images of your own; '
                              'leave one out.')
     if given.get('columns') and not data:
         raise StripError('--columns maps the columns of a CSV; name it with --data.')
-    if 'arch' in steps['train']:
-        from strip_notebooks.models import create_model
-        create_model(values['train']['arch'])
+    values = {step: check_parameters(experiment_path(step), given) for step, given in steps.items()}
+    if 'arch' in steps['train']: check_names('train', values['train'], None)
 
 # %% ../nbs/990_cli.ipynb #785dea50
 def _next_step(own_images):
@@ -246,9 +259,11 @@ def _stop_signals():
     "The signals that stop a program and can be handled on this system"
     return [getattr(signal, n) for n in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, n)]
 
+_stopped = 'stopped; `clot runs` lists the runs and how each of them ended.'
+
 def _hear_signals():
     "Handle the signals that stop a program like Ctrl-C, unless they are ignored"
-    def stop(number, frame): raise KeyboardInterrupt('stopped.', number)
+    def stop(number, frame): raise KeyboardInterrupt(_stopped, number)
     for number in _stop_signals():
         if signal.getsignal(number) == signal.SIG_DFL: signal.signal(number, stop)
 
@@ -259,7 +274,7 @@ def _say_stopped(error):
         for number in _stop_signals(): signal.signal(number, signal.SIG_IGN)
     logging.getLogger('asyncio').setLevel(logging.CRITICAL)     # it would log the task that was interrupted
     number = error.args[1] if len(error.args) > 1 and error.args[1] else signal.SIGINT
-    return _say(error.args[0] if error.args else 'stopped.', 128 + number)
+    return _say(error.args[0] if error.args else _stopped, 128 + number)
 
 # %% ../nbs/990_cli.ipynb #b55b433f
 def _call(args):

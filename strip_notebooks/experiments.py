@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['builds_on', 'ExperimentError', 'experiment_paths', 'experiment_path', 'experiment_parameters', 'check_parameters',
-           'remove_leftovers', 'how_to_resume', 'find_run', 'with_parent', 'begin_run', 'run_experiment',
+           'remove_leftovers', 'how_to_resume', 'find_run', 'with_parent', 'check_names', 'begin_run', 'run_experiment',
            'resume_experiment', 'repeat_experiment']
 
 # %% ../nbs/900_experiments.ipynb #6c7eaf96
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from .core import StripError, nearest, plural, read_json, remove_temporaries, write_json, write_text
 from .processes import remove_worker_files
-from .runs import Owner, Run, RunError, list_runs, new_run, open_run, process_started, workspace
+from .runs import (Owner, Run, RunError, list_runs, new_run, open_run, process_started,
+                                 remove_new_folders, workspace)
 from .settings import step_settings
 
 # %% ../nbs/900_experiments.ipynb #33600f3e
@@ -149,7 +150,7 @@ def remove_leftovers(
     root=None,      # The folder of all runs; None is the workspace's runs/
 )->int:             # How many files and folders were removed
     "Remove the temporary folders of killed commands, and half-written files in interrupted runs"
-    removed = len(remove_worker_files())
+    removed = len(remove_worker_files()) + remove_new_folders(root or workspace()/'runs')
     for folder in Path(tempfile.gettempdir()).glob('clot-*'):
         if _abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -362,6 +363,7 @@ def _run_at(run, root):
     if not str(run).strip(): raise RunError('The name of the run is empty; `clot runs` lists the runs that exist.')
     try: return Run(run)
     except RunError: return Run(Path(root or workspace()/'runs')/run)
+    except OSError: raise RunError(f'{str(run)[:80]!r}... is too long for the name of a run.') from None
 
 # %% ../nbs/900_experiments.ipynb #f14a8970
 def _finished(run, steps):
@@ -402,6 +404,21 @@ def with_parent(
     parent = find_run(parameters[name], steps, root)
     return {**parameters, name: parameters[name] or parent.name}, parent
 
+# %% ../nbs/900_experiments.ipynb #d3a19d57
+def check_names(
+    step:str,       # The experiment
+    parameters:dict,# What it is given
+    parent,         # The run that it builds on, or None
+)->None:
+    "A `StripError` for a model or a positive class that does not exist"
+    from strip_notebooks.models import create_model
+    from strip_notebooks.records import Prepared
+    if parameters.get('arch', 'simple_cnn') != 'simple_cnn': create_model(parameters['arch'])
+    if not (parent and parameters.get('positive')): return
+    classes = (parent if parent.step == 'prepare' else parent.origin('prepare')).record(Prepared).classes
+    if parameters['positive'] in classes: return
+    raise ExperimentError(f"There is no class {parameters['positive']!r}{nearest(parameters['positive'], classes)}")
+
 # %% ../nbs/900_experiments.ipynb #6604c1ae
 def begin_run(
     out,        # The run's folder, filled in by the runner; empty creates a run
@@ -427,7 +444,9 @@ def run_experiment(
     path = experiment_path(step)
     values = check_parameters(path, parameters or {})
     own = path if path != experiment_paths().get(path.stem) else ''
-    if not own: values, _ = with_parent(step, values, root)
+    if not own:
+        values, parent = with_parent(step, values, root)
+        check_names(step, values, parent)
     return _execute(path, new_run(path.stem, values, root, own), show)
 
 # %% ../nbs/900_experiments.ipynb #f407b73d

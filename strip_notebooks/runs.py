@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['bundle_name', 'checkpoints_name', 'RunError', 'git_commit', 'processor', 'device_name', 'thread_count', 'environment',
-           'workspace', 'process_started', 'Owner', 'Status', 'now', 'Run', 'new_run', 'open_run', 'list_runs']
+           'workspace', 'process_started', 'Owner', 'Status', 'now', 'Run', 'remove_new_folders', 'new_run', 'open_run',
+           'list_runs']
 
 # %% ../nbs/040_runs.ipynb #82978f37
 import json, os, platform, secrets, subprocess, sys, warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import distributions
@@ -168,8 +170,9 @@ def _well_typed(found):
 @patch(as_prop=True)
 def status(self:Run)->Status:
     "The recorded status; a `RunError` if it cannot be read"
-    found = read_json(self.path/'status.json')
-    if not isinstance(found, dict) or not found.get('step') or not _well_typed(found):
+    try: found = read_json(self.path/'status.json', ['step'])
+    except StripError: found = {}
+    if not found.get('step') or not _well_typed(found):
         raise RunError(f'{self.name}/status.json is not the status of a run of this version; make the run again.')
     return Status(**found)
 
@@ -187,6 +190,26 @@ def _change(run, change):
     with FileLock(run.path/'.lock'):
         write_json(run.path/'status.json', asdict(change(run.status, run.state)))
 
+# %% ../nbs/040_runs.ipynb #5328d44b
+@contextmanager
+def _new_folder(root):
+    "A hidden folder in `root` that names its process; what is left in it at the end is removed"
+    import shutil
+    path = Path(root)/f'.new-{os.getpid()}-{secrets.token_hex(4)}-{platform.node()}'
+    path.mkdir(parents=True)
+    try: yield path
+    finally: shutil.rmtree(path, ignore_errors=True)
+
+def remove_new_folders(
+    root,           # The folder of all runs
+)->int:             # How many were removed
+    "Remove what processes of this machine left that were killed while they made a run"
+    import shutil
+    left = [f for f in Path(root).glob(f'.new-*-{platform.node()}')
+            if (number := f.name.split('-')[1]).isdigit() and not process_started(int(number))]
+    for folder in left: shutil.rmtree(folder, ignore_errors=True)
+    return len(left)
+
 # %% ../nbs/040_runs.ipynb #b46867a0
 def new_run(
     step:str,           # The experiment
@@ -196,19 +219,18 @@ def new_run(
     threads:int|None=None,  # Threads of one process; None asks the machine
 )->Run:                 # In the state 'running', by this process
     "Create a run folder that no earlier run has had"
-    stamp = datetime.now(timezone.utc).strftime('%Y-%m-%d_%H%M%S')
-    name = Path(root or workspace()/'runs')/f'{stamp}-{step}'
-    path = name.with_name(f'{name.name}-{secrets.token_hex(2)}')
-    while path.exists(): path = name.with_name(f'{name.name}-{secrets.token_hex(2)}')
-    path.mkdir(parents=True)
-    write_json(path/'parameters.json', parameters)
+    stamp, folder = datetime.now(timezone.utc).strftime('%Y-%m-%d_%H%M%S'), Path(root or workspace()/'runs')
     own = str(Path(notebook).resolve()) if notebook else ''
     status = Status(**asdict(Owner.this()), step=step, started=now(), notebook=own)
-    write_json(path/'status.json', asdict(status))
-    run = Run(path)
-    if notebook: write_text(run.source, Path(notebook).read_text(encoding='utf-8'))
-    write_json(path/'environment.json', environment(parameters.get('seed'), threads))   # takes a second
-    return run
+    with _new_folder(folder) as new:
+        write_json(new/'parameters.json', parameters)
+        write_json(new/'environment.json', environment(parameters.get('seed'), threads))    # takes a second
+        write_json(new/'status.json', asdict(status))
+        if notebook: write_text(Run(new).source, Path(notebook).read_text(encoding='utf-8'))
+        path = folder/f'{stamp}-{step}-{secrets.token_hex(2)}'
+        while path.exists(): path = folder/f'{stamp}-{step}-{secrets.token_hex(2)}'
+        new.rename(path)
+    return Run(path)
 
 # %% ../nbs/040_runs.ipynb #66a02cae
 def open_run(
@@ -279,11 +301,14 @@ def origin(self:Run,
     step:str,   # Such as 'prepare'
 )->Run:
     "The run of `step` that this one builds on, directly or through others; a `RunError` if there is none"
-    links = self.links
-    if step in links: return links[step]
-    for run in links.values():
-        try: return run.origin(step)
-        except RunError: pass
+    left, seen = [self], set()
+    while left:
+        run = left.pop(0)
+        if run.path.resolve() in seen: continue             # links that were changed may lead in a circle
+        seen.add(run.path.resolve())
+        links = run.links
+        if step in links: return links[step]
+        left += links.values()
     raise RunError(f'{self.name} builds on no run of {step!r}.')
 
 # %% ../nbs/040_runs.ipynb #fd806404
@@ -323,7 +348,9 @@ def table(self:Run,
     kinds = {c: str for c in text}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', DeprecationWarning)     # pandas 4 reads to the last bit by default
-        return pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[''], float_precision='round_trip')
+        try: return pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[''], float_precision='round_trip')
+        except ValueError:                                      # also of pandas' parser, and of bytes that are no text
+            raise RunError(f'{self.name}: the table {name!r} cannot be read; make the run again.') from None
 
 # %% ../nbs/040_runs.ipynb #6693e613
 @patch
@@ -445,5 +472,5 @@ def list_runs(
     root = Path(root or workspace()/'runs')
     if root.exists() and not root.is_dir(): raise RunError(f'{root} is not a folder of runs; name a folder.')
     first = ['run', 'step', 'state', 'started', 'ended', 'error']
-    runs = pd.DataFrame([_row(Run(p.parent)) for p in sorted(root.glob('*/status.json'))])
+    runs = pd.DataFrame([_row(Run(p.parent)) for p in sorted(root.glob('[!.]*/status.json'))])
     return runs.reindex(columns=first + [c for c in runs if c not in first])

@@ -60,6 +60,7 @@ def evaluate_bundle(
     seed:int=0,                 # Which resamples
 )->Evaluation:
     "The evaluation of a bundle on the test set of its predictions, at its own operating point"
+    if 'split' not in predictions: raise StripError('The predictions have no column split, so no test set is known.')
     images = predictions[predictions.split == 'test'].reset_index(drop=True)
     if not len(images): raise StripError('No image is in the test set; prepare with a test_ratio above 0.')
     if classes_of(images) != bundle.classes:
