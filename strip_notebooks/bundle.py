@@ -133,7 +133,8 @@ def _old_names(path):
     try: body = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError): return []
     if not isinstance(body, dict) or body.get('format') != 'strip-bundle': return []
-    return ['weights.safetensors', *body.get('files', {})]
+    listed = body.get('files')
+    return ['weights.safetensors', *(listed if isinstance(listed, dict) else {})]
 
 # %% ../nbs/310_bundle.ipynb #3b98dd1d
 def save_bundle(
@@ -206,7 +207,7 @@ def _fill(model, weights, arch):
     own = model.state_dict()
     wrong = sorted(set(own) ^ set(weights)) + [n for n in own if n in weights and own[n].shape != weights[n].shape]
     if wrong:
-        raise BundleError(f"The weights do not belong to {arch}: {len(wrong)} tensors are missing, "
+        raise BundleError(f"The weights do not belong to {arch}: {plural(len(wrong), 'tensor')} missing, "
                           f"unknown or of another shape, such as {', '.join(wrong[:3])}.")
     if not all(w.isfinite().all() for w in weights.values()):
         raise BundleError('The weights hold values that are not finite; '

@@ -153,7 +153,8 @@ def _check_demo(steps):
     "A `StripError` for values that are out of range or do not go together, and for a model that does not exist"
     from strip_notebooks.experiments import check_names, check_parameters, experiment_path
     given, data = steps['prepare'], steps['prepare'].get('data')
-    if data is not None and not (data and Path(data).exists()): raise StripError(f'--data {data!r} does not exist.')
+    if isinstance(data, str) and not (data and Path(data).exists()):
+        raise StripError(f'--data {data!r} does not exist.')
     for option in ('preset', 'patients'):
         if data and option in given:
             raise StripError(f'--{option} is about the synthetic cohort, --data about images of your own; '

@@ -9,7 +9,7 @@ __all__ = ['threshold_rules', 'threshold_rates', 'check_rule', 'pick_threshold',
 import numpy as np
 import pandas as pd
 
-from .core import StripError, nearest
+from .core import StripError, nearest, plural
 from .predictions import aggregate_patients, patient_arrays
 
 # %% ../nbs/035_operating.ipynb #05fac8ee
@@ -49,7 +49,8 @@ def pick_threshold(
     y = np.asarray(y)
     p = np.asarray(p, float)
     if np.isnan(p).any():
-        raise StripError(f'{np.isnan(p).sum()} probabilities are NaN; no threshold can be chosen on them.')
+        missing = plural(np.isnan(p).sum(), 'probability', 'probabilities')
+        raise StripError(f'No threshold can be chosen: NaN in place of {missing}.')
     if len(y) == 0 or y.min() == y.max():
         raise StripError('A threshold needs patients of both classes in the validation set; use a larger one.')
     thresholds,sensitivity,specificity = threshold_rates(y, p)

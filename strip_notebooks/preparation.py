@@ -156,7 +156,8 @@ def save_prepared(
     write_csv(folder/'quarantine.csv', bad, private=True)
     if identities is not None: write_csv(folder/'identities.csv', identities, private=True)
     if 'split' in cohort: write_splits(folder/'splits', cohort)
-    write_json(folder/'prepared.json', dict(preprocessing=preprocessing.to_dict(), cohort=file_hash(folder/'cohort.csv')))
+    about = dict(preprocessing=preprocessing.to_dict(), cohort=file_hash(folder/'cohort.csv'))
+    write_json(folder/'prepared.json', about)
 
 # %% ../nbs/220_preparation.ipynb #13746270
 def load_prepared(

@@ -2,12 +2,15 @@
 import fcntl, json, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from strip_notebooks.bundle import load_bundle
 from strip_notebooks.cli import main
 from strip_notebooks.data.formats import write_image
+from strip_notebooks.metrics.compare import compare
+from strip_notebooks.predictions import aggregate_patients
 from strip_notebooks.runs import Run, list_runs
 
 CLOT = str(Path(sys.executable).parent/'clot')
@@ -85,7 +88,7 @@ def test_runs_command_lists_and_compares(demo):
     assert re.search(rf'^{train} +finished +validation AUC [01]\.\d\d$', listed, flags=re.MULTILINE)
     assert re.search(r'-evaluate-\w+ +finished +test AUC [01]\.\d\d \(95 % CI', listed)
     said = clot('runs', train, train, cwd=folder)
-    assert said.returncode == 0 and 'not distinguishable' in said.stdout, said.stderr
+    assert said.returncode == 2 and 'are the same' in said.stderr
 
 def test_a_reader_that_has_enough_is_no_error(demo):
     reader = subprocess.run(f'"{CLOT}" runs | true', shell=True, cwd=demo[0], capture_output=True, text=True)
@@ -150,7 +153,7 @@ WRONG = {
     'run train -p workers=100000': 'workers=100000 is more than 4 per CPU core',
     'run train -p policy=lite': "did you mean 'light'?",
     'run train -p trainable=some': "trainable='some'",
-    'run train -p arch=': "arch=''",
+    'run train -p arch=': 'arch is empty',
     'run prepare -p size=8': 'size=8',
     'run prepare -p patients=0': 'patients=0',
     'run prepare -p val_ratio=nan': 'val_ratio=nan',
@@ -227,14 +230,17 @@ def test_a_folder_of_runs_that_cannot_be_made_is_a_sentence(tmp_path):
 # Failed and stopped runs
 
 def test_a_failed_run_keeps_its_notebook_and_says_why(tmp_path):
-    done = clot('run', 'prepare', '-p', 'data=nowhere.csv', cwd=tmp_path)
-    assert done.returncode == 2 and 'nowhere.csv does not exist' in done.stderr and 'Traceback' not in done.stderr
+    for label in ('CE', 'LAA'):
+        (tmp_path/'images'/label/f'p{label}').mkdir(parents=True)
+        (tmp_path/'images'/label/f'p{label}'/'a.png').touch()
+    done = clot('run', 'prepare', '-p', 'data=images', cwd=tmp_path)
+    assert done.returncode == 2 and 'None of the 2 images can be read' in done.stderr and 'Traceback' not in done.stderr
     run = newest(tmp_path/'runs', 'prepare')
     assert f'clot run --resume {run.name}' in done.stderr
-    assert run.state == 'failed' and 'nowhere.csv' in run.status.error
+    assert run.state == 'failed' and 'None of the 2 images' in run.status.error
     cells = json.loads(run.notebook.read_text())['cells']
     assert any(o['output_type'] == 'error' for c in cells for o in c.get('outputs', []))
-    assert re.search(rf'^{run.name} +failed +.*nowhere.csv', clot('runs', cwd=tmp_path).stdout, flags=re.MULTILINE)
+    assert re.search(rf'^{run.name} +failed +.*None of the 2 images', clot('runs', cwd=tmp_path).stdout, flags=re.MULTILINE)
     refused = clot('run', 'train', '-p', f'prepare_run={run.name}', cwd=tmp_path)
     assert refused.returncode == 2 and 'has not finished: it is failed' in refused.stderr
 
@@ -277,12 +283,31 @@ def test_a_derived_model_is_evaluated_with_its_temperature(demo):
     derived = newest(folder/'derived', 'derive')
     bundle, parent = load_bundle(derived.bundle), load_bundle(trained.bundle)
     assert (bundle.parent, bundle.temperature, bundle.positive) == (parent.sha256, 2, 'CE')
+    kept = 'rule', 'how', 'target'
+    assert [bundle.spec[k] for k in kept] == [parent.spec[k] for k in kept]
+    refused = clot('runs', str(trained.path), derived.name, *elsewhere, cwd=folder)
+    assert refused.returncode == 2 and 'The positive class of the first model is LAA, of the second CE' in refused.stderr
     assert abs(derived.predictions.p_LAA - .5).max() < abs(trained.predictions.p_LAA - .5).max()
     done = clot('run', 'evaluate', *elsewhere, '-p', 'resamples=100', cwd=folder)
     assert done.returncode == 0 and 'the positive class is CE' in done.stdout, done.stderr
     evaluated = newest(folder/'derived', 'evaluate')
     assert list(evaluated.links) == ['derive'] and evaluated.origin('prepare').name == newest(folder/'runs', 'prepare').name
     assert {p.name: p.read_bytes() for p in trained.bundle.iterdir()} == files
+
+def test_models_are_compared_at_their_own_operating_points(demo):
+    folder, _ = demo
+    trained, elsewhere = newest(folder/'runs', 'train'), ('--runs', 'sensitive')
+    done = clot('run', 'derive', *elsewhere, '-p', f'train_run={trained.path}', '-p', 'rule=sensitivity', '-p', 'target=1', cwd=folder)
+    assert done.returncode == 0, done.stderr
+    derived = newest(folder/'sensitive', 'derive')
+    said = clot('runs', str(trained.path), derived.name, *elsewhere, cwd=folder)
+    assert said.returncode == 0, said.stderr
+    for run in (trained, derived): assert f'{run.name}, classified as LAA if p ≥ {load_bundle(run.bundle).threshold:.3f}' in said.stdout
+    patients = [aggregate_patients(run.predictions.query("split == 'test'")) for run in (trained, derived)]
+    want = compare(*patients, thresholds=[load_bundle(run.bundle).threshold for run in (trained, derived)])
+    row = next(line.split() for line in said.stdout.splitlines() if line.startswith('specificity'))
+    np.testing.assert_allclose([float(v) for v in row[1:4]], want.loc['specificity', ['first', 'second', 'difference']].tolist(), atol=.001)
+    assert want.difference['roc_auc'] == 0
 
 def test_own_images_run_through_with_broken_ones_among_them(tmp_path):
     "Folders of one's own, three files broken: the report counts them, and no id of a patient is in any run"

@@ -176,7 +176,7 @@ def test_figures_show_the_numbers_of_the_table():
             fig = draw(table, **({'n_resamples': 200} if 'n_resamples' in draw.__code__.co_varnames else {}))
             fig.canvas.draw()
         ax = fig.axes[0]
-        legend = [t.get_text() for t in ax.get_legend().get_texts()] if ax.get_legend() else []
+        legend = [t.get_text() for l in [*fig.legends, ax.get_legend()] if l for t in l.get_texts()]
         text[draw.__name__] = ' '.join([ax.get_title(), ax.get_xlabel(), ax.get_ylabel(), *(t.get_text() for t in ax.texts + ax.get_xticklabels()), *legend])
         assert ax.get_xlabel() and ax.get_ylabel() and ('100' in text[draw.__name__] or 'patients' in text[draw.__name__])
         plt.close(fig)

@@ -185,3 +185,50 @@ def print_and_end(item):
     os.write(2, b'from C')
     if item: os._exit(7)
     return item
+
+
+def in_a_child(line):
+    "In a process of multiprocessing: the results of workers, sent to the parent"
+    line.send(list(parallel_map(abs, [-1, -2, -3], workers=2)))
+
+
+@pytest.mark.parametrize('method', ['fork', 'spawn'])
+@pytest.mark.parametrize('before', [False, True])
+def test_a_child_process_that_had_workers_ends(method, before):
+    "Also one that was forked from a process with workers of its own"
+    import multiprocessing
+    if before: assert list(parallel_map(abs, [-5], workers=1)) == [5]
+    context = multiprocessing.get_context(method)
+    mine, its = context.Pipe()
+    child = context.Process(target=in_a_child, args=(its,))
+    child.start()
+    assert mine.poll(100) and mine.recv() == [1, 2, 3]
+    child.join(60)
+    ended = child.exitcode
+    if ended is None: child.kill()
+    assert ended == 0
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_started_again():
+    code = '''
+import os, signal, threading, time
+import psutil
+from strip_notebooks.processes import parallel_map
+
+def kill_the_first(n):
+    me, seen = psutil.Process(), set()
+    while len(seen) < n:
+        for child in me.children():
+            words = ' '.join(child.cmdline()) if child.is_running() else ''
+            if 'spawn_main' not in words or child.pid in seen: continue
+            seen.add(child.pid)
+            child.send_signal(signal.SIGKILL)
+        time.sleep(.005)
+
+if __name__ == '__main__':
+    threading.Thread(target=kill_the_first, args=(2,), daemon=True).start()
+    print(list(parallel_map(abs, [-1, -2, -3], workers=1)))
+'''
+    process = start(code)
+    out, err = process.communicate(timeout=120)
+    assert out.strip() == '[1, 2, 3]' and process.returncode == 0, err

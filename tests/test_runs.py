@@ -19,6 +19,8 @@ if out: pathlib.Path(out, '.0123abcd-half.pt').touch()
 text = open(gate).read()
 print('read', text)'''
 
+KERNEL = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+
 def hear_signals():
     "In a new process: hear the signals that the tests may have been started without, as by `nohup` or in the background"
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)
@@ -32,7 +34,7 @@ class Workspace:
 
     def notebook(self, body, name='wait'):
         cells = [nbformat.v4.new_code_cell(f"gate: str = '{self.gate}'\nout: str = ''", metadata=dict(tags=['parameters'])), nbformat.v4.new_code_cell(body)]
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), self.folder/f'{name}.ipynb')
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=KERNEL), self.folder/f'{name}.ipynb')
         return f'{name}.ipynb'
 
     def start(self, *words, before='', **environment):
@@ -300,3 +302,21 @@ def test_each_step_is_killed_resumed_and_ends_the_same(three, step):
     assert done.returncode == 0, done.stderr
     left, expected = artifacts(run), artifacts(first)
     assert sorted(left) == sorted(expected) and [name for name in left if left[name] != expected[name]] == []
+
+
+def test_a_run_that_is_killed_while_it_is_made_leaves_nothing(tmp_path):
+    "A process that makes runs is killed at many moments: each folder that is left is a whole run, or is removed by the next command"
+    from strip_notebooks.experiments import remove_leftovers
+    code = 'import sys\nfrom strip_notebooks.runs import new_run\nprint("ready", flush=True)\nwhile True: new_run("train", dict(seed=1), sys.argv[1])'
+    hidden = 0
+    for k in range(6):
+        process = subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        time.sleep(.15 + .11*k)
+        process.kill()
+        process.wait()
+        hidden += sum(p.name.startswith('.') for p in tmp_path.iterdir())
+        remove_leftovers(tmp_path)
+        assert not [p.name for p in tmp_path.iterdir() if p.name.startswith('.')]
+    assert hidden > 0                                                               # at least one was hit in the middle
+    for path in tmp_path.iterdir(): assert Run(path).parameters == dict(seed=1) and Run(path).environment['seed'] == 1

@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import StripError, content_hash, file_hash, plural, read_json, write_json
+from ..core import StripError, content_hash, file_hash, plural, read_json, short_name, write_json
 from .checks import showable
 from .cohort import check_cohort, cohort_readings
 from .decoding import decode
@@ -249,5 +250,5 @@ def contact_sheet(
     for row,label in zip(axes, classes):
         one_each = cohort[labels == label].sample(frac=1, random_state=seed).drop_duplicates('patient_id')[:each]
         for ax,i in zip(row, cache.rows(one_each.image_id)): ax.imshow(cache.images[i])
-        row[0].set_ylabel(label)
+        row[0].set_ylabel(fill(short_name(label, 40), 14), fontsize=9)
     return fig

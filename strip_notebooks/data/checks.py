@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import class_colors
-from .cohort import centers_look_like_patients
+from ..core import class_colors, short_name
+from .cohort import centers_look_like_patients, sorted_centers
 from .measure import measure_images
 from ..findings import Finding, Findings, NoEstimate, Verdict
 
@@ -257,17 +257,14 @@ def validate(
     return Findings(found if root is None else [*found, path_finding(cohort, root)])
 
 # %% ../../nbs/150_data.checks.ipynb #8ac4e373
-def _center_order(centers):
-    "Numbers by value, then names"
-    return sorted(centers, key=lambda c: (0, int(c), c) if c.isdecimal() else (1, 0, c))
-
 def _center_bars(ax, cohort, colors):
     "Patients by center and class"
     patients = cohort.drop_duplicates('patient_id')
     counts = pd.crosstab(patients.center_id, patients.label)
-    order = _center_order(counts.index)
+    order = sorted_centers(counts.index)
     rotation = 0 if sum(map(len, order)) < 40 else 60
-    counts.loc[order].plot.bar(stacked=True, ax=ax, color=colors, width=.8, legend=False, rot=rotation)
+    bars = counts.loc[order].rename(index=short_name)
+    bars.plot.bar(stacked=True, ax=ax, color=colors, width=.8, legend=False, rot=rotation)
     ax.set(xlabel='center', ylabel='patients')
     if centers_look_like_patients(cohort): ax.set(xlabel='center, names not shown', xticklabels=[])
     ax.yaxis.get_major_locator().set_params(integer=True)

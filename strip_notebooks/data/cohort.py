@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['columns_needed', 'columns_optional', 'split_names', 'largest_csv', 'CohortError', 'CohortWarning',
-           'attribute_columns', 'cohort_readings', 'patient_table', 'check_split_names', 'centers_look_like_patients',
-           'check_cohort', 'cohort_from_frame', 'cohort_from_csv', 'cohort_from_folder', 'save_cohort', 'load_cohort',
-           'read_cohort', 'load_salt', 'identity_table', 'hide', 'reveal']
+           'attribute_columns', 'cohort_readings', 'patient_table', 'check_split_names', 'sorted_centers',
+           'centers_look_like_patients', 'check_cohort', 'cohort_from_frame', 'cohort_from_csv', 'cohort_from_folder',
+           'save_cohort', 'load_cohort', 'read_cohort', 'load_salt', 'identity_table', 'hide', 'reveal']
 
 # %% ../../nbs/140_data.cohort.ipynb #0de7ee15
 import csv, io, os, secrets, unicodedata, warnings
@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..core import StripError, content_hash, nearest, plural, unquote_formula, write_csv
 from .images import Reading, image_suffixes, is_image_file
+from ..predictions import blank_cells
 
 # %% ../../nbs/140_data.cohort.ipynb #5e17e257
 columns_needed = ['image_id', 'patient_id', 'label', 'center_id', 'path']
@@ -56,14 +57,9 @@ def _check_repeated(columns):
         raise CohortError(f'Columns {first[c]} and {i} have the same name{known}; rename one or remove it.')
 
 # %% ../../nbs/140_data.cohort.ipynb #ae442db7
-def _gaps(column):
-    "Which cells hold nothing, (N,) bool"
-    text = column.astype('string')
-    return (text.isna() | (text.str.strip() == '')).to_numpy(bool)
-
 def _text(cohort, name):
     "A column as text; a `CohortError` for a gap or a floating-point number"
-    gaps = _gaps(cohort[name])
+    gaps = blank_cells(cohort[name])
     if gaps.any():
         raise CohortError(f'{_rows(gaps)} no {name}; fill it in or leave the rows out.')
     floats = [pd.api.types.is_float(v) for v in cohort[name]]
@@ -81,9 +77,9 @@ def _rows(marked):
 # %% ../../nbs/140_data.cohort.ipynb #fd85616b
 def _text_columns(cohort, labeled):
     "`cohort` with the needed columns as text; without `label` if it is empty and `labeled` is False"
-    if not labeled and 'label' in cohort and _gaps(cohort.label).all(): cohort = cohort.drop(columns='label')
+    if not labeled and 'label' in cohort and blank_cells(cohort.label).all(): cohort = cohort.drop(columns='label')
     if 'center_id' in cohort:
-        known = cohort.center_id.astype(object).where(~_gaps(cohort.center_id), 'unknown')
+        known = cohort.center_id.astype(object).where(~blank_cells(cohort.center_id), 'unknown')
         cohort = cohort.assign(center_id=known)
     for c in columns_needed:
         if c == 'label' and not labeled and c not in cohort: continue
@@ -96,7 +92,7 @@ def _text_columns(cohort, labeled):
 # %% ../../nbs/140_data.cohort.ipynb #498b40ca
 def _chosen(cohort, name, words=()):
     "The column `frame` or `slice` as integers, one of `words`, or None for an empty cell"
-    values = cohort[name].astype(object).where(~_gaps(cohort[name]), None)
+    values = cohort[name].astype(object).where(~blank_cells(cohort[name]), None)
     return pd.Series([_number_or_word(v, words) for v in values], dtype=object, index=cohort.index)
 
 def _number_or_word(value, words):
@@ -176,6 +172,13 @@ def _check_split(cohort):
                           f'the first at row {shared.argmax()}; split by patient.')
     empty = [s for s in split_names if s not in set(cohort.split)]
     if empty: raise CohortError(f'The split {" and ".join(empty)} has no patients; a split needs train, val and test.')
+
+# %% ../../nbs/140_data.cohort.ipynb #7443cf23
+def sorted_centers(
+    centers,        # Names of centers
+)->list:
+    "Numbers by value, then other names"
+    return sorted(centers, key=lambda c: (0, int(c), c) if c.isdecimal() else (1, 0, c))
 
 # %% ../../nbs/140_data.cohort.ipynb #1b5622b9
 def centers_look_like_patients(

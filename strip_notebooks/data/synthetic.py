@@ -25,6 +25,7 @@ from .cohort import CohortWarning, save_cohort
 from .drawing import SyntheticError, artifact_rate, artifacts, center_stain, components
 from .drawing import draw_style, measure_truth, render_clot
 from .formats import write_image
+from ..statistics import auc
 
 # %% ../../nbs/160_data.synthetic.ipynb #8dbe7bbc
 @dataclass(frozen=True)
@@ -201,14 +202,6 @@ def log_likelihood_ratio(
         return -.5*(np.einsum('...i,ij,...j', d, np.linalg.inv(c), d) + np.linalg.slogdet(c)[1])
     return log_density('LAA') - log_density('CE')
 
-# %% ../../nbs/160_data.synthetic.ipynb #23e809b9
-def _weighted_auc(negative, positive, w_negative, w_positive):
-    "The AUC of weighted scores, ties counting half"
-    order, group = np.unique(np.r_[negative, positive], return_inverse=True)
-    neg = np.bincount(group[:len(negative)], w_negative, len(order))
-    pos = np.bincount(group[len(negative):], w_positive, len(order))
-    return float(pos @ (neg.cumsum() - neg/2)/(neg.sum()*pos.sum()))
-
 # %% ../../nbs/160_data.synthetic.ipynb #2d8c85a6
 def _scores(label, model, counts, centers):
     "Scores and weights of the quasi-random patients of a label, for every number of images (and every center)"
@@ -228,7 +221,8 @@ def best_auc(
 )->float:                   # 0.5 to 1
     "The AUC of the patients' likelihood ratio, integrated over the model on quasi-random points"
     (negative, w_negative), (positive, w_positive) = (_scores(label, model, counts, centers) for label in ('CE', 'LAA'))
-    return _weighted_auc(negative, positive, w_negative, w_positive)
+    label = np.repeat([0, 1], [len(negative), len(positive)])
+    return float(auc(label, np.r_[negative, positive], np.r_[w_negative, w_positive][None])[0])
 
 # %% ../../nbs/160_data.synthetic.ipynb #b123e74c
 def bayes_auc(

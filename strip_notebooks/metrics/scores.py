@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import StripError, listing
+from ..data.cohort import sorted_centers
 from ..predictions import (aggregate_patients, check_predictions, class_arrays, classes_of,
                                          patient_arrays, positive_class)
 from ..statistics import (Estimate, auc, bootstrap_weights, check_resamples, cumulative_counts, interval,
@@ -198,8 +199,6 @@ def class_table(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/500_metrics.scores.ipynb #2bb749df
-def _center_order(center): return (not center.isdigit(), int(center) if center.isdigit() else 0, center)
-
 def center_table(
     patients:pd.DataFrame,      # Predictions per patient, with labels and center_id, of one split
     threshold:float=.5,         # Classified as positive at or above this probability
@@ -213,7 +212,7 @@ def center_table(
         raise StripError('The predictions have no center_id, so nothing is known per center.')
     metrics,rows = ['roc_auc', 'sensitivity', 'specificity'], []
     groups = dict(list(patients.groupby(patients.center_id.replace('', np.nan).fillna('unknown'))))
-    for center in sorted(groups, key=_center_order):
+    for center in sorted_centers(groups):
         group = groups[center]
         counts = {c: int((group.label == c).sum()) for c in classes_of(patients)}
         few = [f'{n} {c}' for c,n in counts.items() if n < least]
