@@ -322,7 +322,7 @@ def as_image_error(
     kind = type(error).__name__
     if isinstance(error, StripError): return error
     if isinstance(error, OSError) and error.errno in _short_of:
-        return StripError(f'{name}: it could not be read, as this machine is short of {_short_of[error.errno]}. '
+        return StripError(f'An image could not be read, as this machine is short of {_short_of[error.errno]}. '
                           'The image itself may be good.')
     if kind == 'DecompressionBombError':
         return ImageError(name, 'too_large', 'it claims more pixels than can be decoded here; read tiles of it.')
