@@ -119,7 +119,7 @@ def split_sentence(
     "How patients were assigned"
     trained,tested = listing(plan.train_centers), listing(plan.test_centers)
     if trained: return f'Trained on {trained} and tested on {tested}.'
-    return 'Patients of every center were assigned to training, validation and test set, each class in the same shares.'
+    return 'The patients of each class were assigned to training, validation and test set in the same shares.'
 
 # %% ../nbs/220_preparation.ipynb #425e68e0
 def _split(cohort, plan):

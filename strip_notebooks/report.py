@@ -297,16 +297,24 @@ def result_section(
                 figures=[shown_figure(evaluated, n, c.format(m.positive)) for n, c in result_figures.items()])
 
 # %% ../nbs/950_report.ipynb #01761765
+def _center_limit(prepared):
+    "What a split says about other hospitals"
+    if prepared.parameters.get('test_centers'):
+        return 'The test patients are from centers that the model was not trained on, and only from those.'
+    if not prepared.record(Prepared).centers:
+        return ('The centers are not known, so nobody can say whether the test patients are from other centers than '
+                'the training patients, and how the model performs at another hospital.')
+    return ('The test patients are from the same centers as the training patients: how the model performs at '
+            'another hospital is not known.')
+
+# %% ../nbs/950_report.ipynb #caa0177d
 def limit_sentences(
     prepared:Run,   # A run of prepare
 )->list[str]:
     "What the result does not show"
-    same = ('The test patients are from the same centers as the training patients: how the model performs at '
-            'another hospital is not known.')
-    other = 'The test patients are from centers that the model was not trained on, and only from those.'
     synthetic = ['The images are synthetic clots: nothing here says anything about patients.']
     said = synthetic if prepared.record(Prepared).best_auc is not None else []
-    return said + [other if prepared.parameters.get('test_centers') else same,
+    return said + [_center_limit(prepared),
         'This is one split of one cohort and one training. The intervals are about other patients like these, '
         'not about another split or another seed; use cross-validation for that.',
         'Anyone who looks at this page, changes the model and looks again, selects on the test set, and the '
