@@ -167,7 +167,7 @@ class _Crew:
         from multiprocessing import get_context
         from pebble import ProcessPool
         context = get_context('spawn')
-        self.size, self.pid = size, os.getpid()
+        self.size, self.pid, self.stopped = size, os.getpid(), False
         self.futures = weakref.WeakSet()
         self.folder = _prints_folder()
         self.line, self.held = context.Pipe(duplex=False)
@@ -186,6 +186,8 @@ class _Crew:
 def stop(self:_Crew):
     "End the workers, and the items that they were working on"
     from concurrent.futures.process import BrokenProcessPool
+    if self.stopped: return
+    self.stopped = True
     self.pool.stop()
     self.held.close()
     self.pool.join()
@@ -194,6 +196,13 @@ def stop(self:_Crew):
     shutil.rmtree(self.folder, ignore_errors=True)
 
 # %% ../nbs/010_processes.ipynb #777d4a4e
+def _wait(crew, futures):
+    "Wait until one of the futures of a crew is done; a broken crew is stopped, so that all its futures are"
+    from concurrent.futures import FIRST_COMPLETED, wait
+    while not wait(futures, timeout=1, return_when=FIRST_COMPLETED).done:
+        if not crew.pool.active: crew.stop()
+
+# %% ../nbs/010_processes.ipynb #70f6cb2c
 _no_start = ("No worker process could be started ({}). "
              "In a script, put what starts the work below `if __name__ == '__main__':`; "
              "otherwise this machine is short of memory, processes or file handles.")
@@ -207,6 +216,7 @@ def _start(size):
         with _deaf():
             crew = _Crew(size)
             first = crew.submit(pickle.dumps((abs, 0)))
+        _wait(crew, [first])
         first.result()
         return crew
     except BaseException:
@@ -328,11 +338,10 @@ def run_alone(self:_Queue,
     task,   # One of its tasks, whose worker was killed
 ):
     "Run a task with no other beside it, and wait for it"
-    from concurrent.futures import wait
     task.killed = True
     self.crew = _workers(self.workers, replace=self.crew)
     self.submit(task)
-    wait([task.future])
+    _wait(self.crew, [task.future])
     self.submit_again()
 
 # %% ../nbs/010_processes.ipynb #982ecebe
@@ -356,7 +365,6 @@ def worker_results(
     workers:int|None=None,  # Processes; None takes one for each core
 ):                          # Results, one by one, in the order of the items; `Died` for an item whose worker ended
     "Apply a function to each item in worker processes"
-    from concurrent.futures import FIRST_COMPLETED, wait
     if _in_worker:                                                  # there is a worker for each core already
         yield from map(function, items)
         return
@@ -368,7 +376,7 @@ def worker_results(
             if queue.tasks[0].future.done():
                 yield _outcome(queue, queue.tasks[0])
                 queue.tasks.popleft()
-            else: wait(queue.running(), return_when=FIRST_COMPLETED)
+            else: _wait(queue.crew, queue.running())
             queue.fill()
     finally:
         for task in queue.tasks: task.future.cancel()
