@@ -257,7 +257,7 @@ def history_figure(
     right.axhline(.5, color='k', ls=':', lw=1)
     right.text(.98, .51, 'chance', ha='right', transform=right.get_yaxis_transform(), fontsize=8)
     _epoch_axis(left, 'loss')
-    _epoch_axis(right, 'AUC of validation patients')
+    _epoch_axis(right, 'validation AUC, per patient')
     return fig
 
 # %% ../../nbs/430_training.classifier.ipynb #2ab255cc
