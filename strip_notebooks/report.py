@@ -227,7 +227,7 @@ def audit_section(
 )->dict:
     "What could mislead the reader: leaks between the splits and shortcuts to the label"
     caption = ('AUC with 95 % confidence interval of what each feature predicts alone. The line is chance; '
-               'above the shaded band it can explain a result, and is a warning unless the text beside it says why not.')
+               'above the shaded band it can explain a result, and is a warning unless its sentence says why not.')
     return dict(findings=shown_findings(read_findings(prepared.table('audit'))),
                 figure=shown_figure(prepared, 'audit', caption))
 
