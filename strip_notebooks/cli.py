@@ -162,7 +162,7 @@ def _check_demo(steps):
     if given.get('columns') and not data:
         raise StripError('--columns maps the columns of a CSV; name it with --data.')
     values = {step: check_parameters(experiment_path(step), given) for step, given in steps.items()}
-    if 'arch' in steps['train']: check_names('train', values['train'], None)
+    if 'arch' in steps['train']: check_names(values['train'], None)
 
 # %% ../nbs/990_cli.ipynb #785dea50
 def _next_step(own_images):

@@ -406,8 +406,7 @@ def with_parent(
 
 # %% ../nbs/900_experiments.ipynb #d3a19d57
 def check_names(
-    step:str,       # The experiment
-    parameters:dict,# What it is given
+    parameters:dict,# What a step is given
     parent,         # The run that it builds on, or None
 )->None:
     "A `StripError` for a model or a positive class that does not exist"
@@ -446,7 +445,7 @@ def run_experiment(
     own = path if path != experiment_paths().get(path.stem) else ''
     if not own:
         values, parent = with_parent(step, values, root)
-        check_names(step, values, parent)
+        check_names(values, parent)
     return _execute(path, new_run(path.stem, values, root, own), show)
 
 # %% ../nbs/900_experiments.ipynb #f407b73d
