@@ -16,7 +16,7 @@ from .data.checks import near_duplicates
 from .data.cohort import check_cohort, patient_table
 from .data.measure import measure_images
 from .findings import Finding, Findings, NoEstimate, Verdict
-from .statistics import Estimate, auc, bootstrap_weights, interval
+from .statistics import Estimate, auc, bootstrap_weights, interval, newcombe_auc_interval
 
 # %% ../nbs/210_audit.ipynb #e1cca26f
 least_patients = 10     # Fewer patients of a class than this give no estimate
@@ -68,7 +68,10 @@ def probe_auc(
     ones = [1] if len(classes) == 2 else range(len(classes))
     def one_against_rest(k): return _pair_auc((y == k).astype(int), [(rows, p[:, k]) for rows, p in held], weights)
     values = np.mean([one_against_rest(k) for k in ones], axis=0)
-    return interval(values[1:], values[0])
+    estimate = interval(values[1:], values[0])
+    if estimate.low == estimate.low or np.isnan(estimate.value): return estimate
+    smallest = int(np.bincount(y).min())                                # all resamples agree: a score interval
+    return Estimate(estimate.value, *newcombe_auc_interval(estimate.value, smallest, len(y) - smallest))
 
 # %% ../nbs/210_audit.ipynb #09684e7e
 chance, margin = .5, .05

@@ -279,7 +279,7 @@ def scikit_learn_values(
     weights,            # (B, N) copies of each row in each resample
 )->dict:                # Metric -> (B,)
     "The same as `metric_values` by a loop over scikit-learn's functions: slow, and the reference for its tests"
-    from strip_notebooks.metrics.scores import metric_names
+    from strip_notebooks.metrics.values import metric_names
     rows = []
     for w in np.asarray(weights).astype(int):
         a, b = np.repeat(y, w), np.repeat(p, w)
@@ -294,7 +294,7 @@ def compare_bootstraps(
     repeats:int=3,          # Rounds that count
 )->Comparison:
     "All metrics of all resamples in one pass against a loop over scikit-learn"
-    from strip_notebooks.metrics.scores import metric_values
+    from strip_notebooks.metrics.values import metric_values
     rng = np.random.default_rng(0)
     y = (np.arange(patients) < .28*patients).astype(int)
     p = 1/(1 + np.exp(-rng.normal(.7*y - 1)))

@@ -93,28 +93,49 @@ def _found(row):
     return f'validation AUC {validation:.2f}' if validation == validation else ''
 
 # %% ../nbs/990_cli.ipynb #81981b0a
+def _models(runs):
+    "The bundles of training runs and their patient-level predictions on the test set; one positive class for all"
+    from strip_notebooks.bundle import load_bundle
+    from strip_notebooks.predictions import aggregate_patients
+    bundles = [load_bundle(run.bundle) for run in runs]
+    positives = list(dict.fromkeys(b.positive for b in bundles))
+    if len(positives) > 1:
+        raise StripError(f'The positive class is {" in one run and ".join(positives)} in another; derive one of them '
+                         'with the class of the other: clot run derive -p positive=...')
+    tables = [aggregate_patients(run.predictions.query("split == 'test'"), b.how) for run, b in zip(runs, bundles)]
+    return bundles, tables
+
 def _compared(runs):
     "The paired differences of two models as text, below what they are differences of"
-    from strip_notebooks.bundle import load_bundle
     from strip_notebooks.metrics.compare import compare
-    from strip_notebooks.predictions import aggregate_patients
-    first, second = bundles = [load_bundle(run.bundle) for run in runs]
-    if first.positive != second.positive:
-        raise StripError(f'The positive class of the first model is {first.positive}, of the second {second.positive}; '
-                         'derive one of them with the class of the other: clot run derive -p positive=...')
-    tables = [aggregate_patients(run.predictions.query("split == 'test'"), b.how) for run, b in zip(runs, bundles)]
-    table = compare(*tables, thresholds=[b.threshold for b in bundles], positive=first.positive)
+    from strip_notebooks.report import p_text
+    bundles, tables = _models(runs)
+    table = compare(*tables, [b.threshold for b in bundles], [b.prior for b in bundles], positive=bundles[0].positive)
     lines = [f'{word}: {run.name}, classified as {b.positive} if p ≥ {b.threshold:.3f}'
              for word, run, b in zip(('first', 'second'), runs, bundles)]
     patients = plural(table.attrs['patients'], 'test patient')
     lines += [f'{patients}; low and high: 95 % CI of the paired difference, first minus second', '']
-    return '\n'.join([*lines, table.round(3).to_string(na_rep='')])
+    last = (f"DeLong's test of the two AUCs: {p_text(table.attrs['delong_p'])}. Were these two chosen among several "
+            'models? Name all of them, and the p-values are corrected for the number of pairs.')
+    return '\n'.join([*lines, table.round(3).to_string(na_rep=''), '', last])
+
+# %% ../nbs/990_cli.ipynb #74038535
+def _compared_pairs(runs):
+    "The AUC of every pair of models as text"
+    from strip_notebooks.metrics.compare import compare_pairs
+    bundles, tables = _models(runs)
+    pairs = compare_pairs({run.name: t for run, t in zip(runs, tables)}, positive=bundles[0].positive)
+    patients = plural(len(tables[0]), 'test patient')
+    lines = [f'Patient AUC of {plural(len(pairs), "pair")} of models on {patients}; '
+             'low and high: 95 % CI of the paired difference, first minus second',
+             "p: DeLong's test; p_holm: corrected for the number of pairs (Holm 1979), which the verdict goes by", '']
+    return '\n'.join([*lines, pairs.round(3).to_string(index=False, na_rep='')])
 
 # %% ../nbs/990_cli.ipynb #2ef6b159
 def runs_command(
     args,   # The parsed words after `clot runs`
 )->None:
-    "List all runs, or compare two training runs by their test predictions"
+    "List all runs, or compare training runs by their test predictions"
     from strip_notebooks.experiments import find_run, remove_leftovers
     from strip_notebooks.runs import list_runs
     remove_leftovers(args.runs)
@@ -122,10 +143,11 @@ def runs_command(
         runs = list_runs(args.runs)
         for row in runs.to_dict('records'): print(f"{row['run']:34} {row['state']:11} {_found(row)}".rstrip())
         return None if len(runs) else print('No runs yet; `clot demo` makes the first.')
-    if len(args.compare) != 2 or not all(args.compare):
-        raise StripError('`clot runs A B` compares two runs; give two names.')
-    if args.compare[0] == args.compare[1]: raise StripError('The two runs are the same; give the names of two.')
-    print(_compared([find_run(name, ['train', 'derive'], args.runs) for name in args.compare]))
+    if len(args.compare) < 2 or not all(args.compare):
+        raise StripError('`clot runs A B` compares two runs; give two names, or more.')
+    if len(set(args.compare)) < len(args.compare): raise StripError('A run is named twice; give each name once.')
+    runs = [find_run(name, ['train', 'derive'], args.runs) for name in args.compare]
+    print((_compared if len(runs) == 2 else _compared_pairs)(runs))
 
 # %% ../nbs/990_cli.ipynb #82072f80
 _demo_options = dict(data=['prepare'], columns=['prepare'], preset=['prepare'], patients=['prepare'], size=['prepare'],
@@ -227,7 +249,8 @@ def _add_run(command):
 
 def _add_runs(command):
     "The options of `clot runs`"
-    command.add_argument('compare', nargs='*', metavar='RUN', help='two training runs to compare')
+    command.add_argument('compare', nargs='*', metavar='RUN',
+                         help='training runs to compare: two in all metrics, more of them by AUC in pairs')
 
 # %% ../nbs/990_cli.ipynb #5e72f7d3
 _about = ('Predicts whether a clot came from the heart (CE) or a large artery (LAA) from images, per patient and with '
@@ -247,7 +270,7 @@ def parser()->argparse.ArgumentParser:
     more = '`clot run STEP --help` lists the parameters of a step, for -p STEP.NAME=VALUE.'
     _add_demo(command('demo', demo_command, _demo_help, epilog=more))
     _add_run(command('run', run_command, 'run one experiment notebook into a new run', add_help=False))
-    _add_runs(command('runs', runs_command, 'list all runs, or compare two training runs on their test patients'))
+    _add_runs(command('runs', runs_command, 'list all runs, or compare training runs on their test patients'))
     return main
 
 # %% ../nbs/990_cli.ipynb #85399e47

@@ -79,7 +79,6 @@ def estimate_text(
     to = ' to ' if estimate.low < 0 else '–'
     if np.isnan(estimate.value): return 'no estimate'
     if np.isnan(estimate.low): return f'{value} (no interval)'
-    if estimate.low == estimate.high: return f'{value} (the same in every resample)'
     return f'{value} (95 % CI {low}{to}{high})'
 
 # %% ../nbs/050_findings.ipynb #5cc2185e

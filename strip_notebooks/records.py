@@ -52,3 +52,4 @@ class Evaluated:
     resamples:int               # Bootstrap resamples of patients
     auc:Estimate                # Patient AUC on the test set with its 95 % interval; NaN where it is undefined
     permutation_p:float         # Of a permutation test of the AUC, 0 to 1; NaN where it is undefined
+    drawn:str = 'from all patients' # From where the resamples were drawn, or 'within each class'

@@ -19,6 +19,8 @@ import pandas as pd
 
 from .core import StripError, listing, plural, write_text
 from .findings import Verdict, estimate_text, read_findings
+from .metrics.compare import least_patients
+from .metrics.scores import few_patients
 from .records import Evaluated, Prepared, Trained
 from .runs import Run
 from .statistics import Estimate
@@ -47,6 +49,7 @@ def interval_text(
     "A number with its interval as a table prints it"
     note = '' if pd.isna(note) else note
     if np.isnan(value): return f'– ({note})' if note else '–'
+    if np.isnan(low) and note: return f'{value:.2f} ({note})'
     return estimate_text(Estimate(value, low, high)).replace('95 % CI ', '') + (f' ({note})' if note else '')
 
 def p_text(
@@ -84,9 +87,11 @@ def shown_figure(
 # %% ../nbs/950_report.ipynb #4b2b3f51
 def verdict_words(
     auc:Estimate,   # Patient AUC with its interval
+    smaller:int=least_patients, # Patients of the smaller class
 )->str:
     "What an AUC means: its interval compared with chance"
-    if np.isnan(auc.low) or auc.low == auc.high: return 'the interval is not known'
+    if smaller < least_patients: return f'no verdict, as a class has fewer than {plural(least_patients, "patient")}'
+    if np.isnan(auc.low): return 'the interval is not known'
     if auc.low > .5: return 'better than chance'
     if auc.high < .5: return 'worse than chance, the mark of a shift between training and test set'
     return 'not distinguishable from chance'
@@ -98,8 +103,10 @@ def _patients(counts):
 # %% ../nbs/950_report.ipynb #5787c24a
 def _doubts(evaluated, best_auc, centers):
     "Sentences about what makes the result uncertain or suspicious"
-    auc, few = evaluated.auc, {c: n for c, n in evaluated.test_patients.items() if n < 5}
+    auc, few = evaluated.auc, {c: n for c, n in evaluated.test_patients.items() if n < few_patients}
     if few: yield f'With only {_patients(few)} the interval itself is not reliable.'
+    if auc.low > .5 and evaluated.drawn != 'from all patients':
+        yield 'The intervals hold for a study with the same number of patients in each class.'
     if auc.high - auc.low > .25:
         yield f'The interval is {auc.high - auc.low:.2f} wide: only more test patients can say how good the model is.'
     if auc.low > .5 and centers is not None:
@@ -121,7 +128,8 @@ def result_sentences(
     auc = evaluated.auc
     behind = f'Test set: {_patients(evaluated.test_patients)}; the positive class is {evaluated.positive}.'
     if np.isnan(auc.value): return ['No patient AUC: both classes are needed in the test set.', behind]
-    said = [f'Patient AUC {estimate_text(auc)}: {verdict_words(auc)}.', behind]
+    smaller = min(evaluated.test_patients.values())
+    said = [f'Patient AUC {estimate_text(auc)}: {verdict_words(auc, smaller)}.', behind]
     if not np.isnan(evaluated.permutation_p):
         said.append(f'Permutation test: {p_text(evaluated.permutation_p)} ({evaluated.resamples:,} permutations).')
     return said + list(_doubts(evaluated, best_auc, centers))
@@ -138,7 +146,8 @@ def metric_titles(
                 ppv='positive predictive value', npv='negative predictive value', f1='F1', mcc='Matthews correlation',
                 weighted_log_loss='class-weighted log loss',
                 weighted_log_loss_shifted='prior-shifted log loss (equal class priors)',
-                log_loss='log loss', brier='Brier score', calibration_error='calibration error')
+                log_loss='log loss', brier='Brier score', calibration_slope='calibration slope',
+                calibration_intercept='calibration intercept', calibration_error='calibration error')
 
 def chance_levels(
     evaluated:Evaluated,    # The record of a run of evaluate
@@ -160,8 +169,8 @@ def score_table(
     columns = {'metric': list(titles.values())}
     for level in ('patient', 'image'):
         rows = scores[scores.level == level].set_index('metric')
-        estimates = rows[['value', 'low', 'high', 'note']]
-        columns[f'per {level} (95 % CI)'] = [interval_text(*estimates.loc[n]) for n in titles]
+        estimates = rows[['value', 'low', 'high', 'note']].reindex(list(titles))
+        if len(rows): columns[f'per {level} (95 % CI)'] = [interval_text(*r) for r in estimates.itertuples(index=False)]
     columns['chance'] = [f'{chance[n]:.2f}' if n in chance else '' for n in titles]
     if best_auc is not None: columns['upper bound'] = [f'{best_auc:.2f}' if n == 'roc_auc' else '' for n in titles]
     return pd.DataFrame(columns)
@@ -174,7 +183,7 @@ def summary_text(
     centers:pd.DataFrame|None=None, # In long form: center, metric, low
 )->str:                         # Lines
     "What an evaluation found, as text"
-    table = score_table(scores, evaluated, best_auc).drop(columns='per image (95 % CI)')
+    table = score_table(scores[scores.level == 'patient'], evaluated, best_auc)
     return '\n'.join([table.to_string(index=False), '', *result_sentences(evaluated, best_auc, centers)])
 
 # %% ../nbs/950_report.ipynb #17caad60
@@ -273,9 +282,12 @@ def _method(evaluated):
     return [f'The positive class is {evaluated.positive}. The predicted probability of a patient is '
             f'{how_words[evaluated.how]} over the images of the patient. '
             f'A patient is classified as {rule} and applied to the test set unchanged.',
-            f'Intervals are 95 % CI of {evaluated.resamples:,} bootstrap resamples of patients within each class; '
-            "for proportions of 0 or 1, Wilson's. The interval of the calibration error is approximate. "
-            'Lower is better for log losses, Brier score and calibration error.']
+            "Intervals are 95 % CI: of proportions Wilson's, of the balanced accuracy Newcombe's, of the AUC DeLong's "
+            'on the scale of the log odds, of calibration slope and intercept by maximum likelihood, of all others '
+            f'from {evaluated.resamples:,} bootstrap resamples of patients, drawn {evaluated.drawn}. '
+            'How often they contain the truth was measured by simulation; where that is seldom, it says so.',
+            'Lower is better for log losses, Brier score and calibration error. A calibration slope of 1 and an '
+            'intercept of 0 are perfect; a slope below 1 means predictions that are too extreme.']
 
 # %% ../nbs/950_report.ipynb #29996aad
 def result_section(

@@ -129,6 +129,8 @@ class EvaluateSettings(Settings):
     train_run:str = Field('', description='A run of train or derive; empty takes the newest')
     resamples:int = Field(2000, ge=100, le=100_000, description='Bootstrap resamples of patients')
     seed:int = Field(0, ge=0, lt=2**32, description='Seed of the resamples')
+    stratified:bool = Field(
+        False, description='Resample within each class, for a study with fixed class counts such as case-control')
 
 # %% ../nbs/895_settings.ipynb #b16498c6
 class DeriveSettings(Settings):

@@ -88,7 +88,7 @@ def test_runs_command_lists_and_compares(demo):
     assert re.search(rf'^{train} +finished +validation AUC [01]\.\d\d$', listed, flags=re.MULTILINE)
     assert re.search(r'-evaluate-\w+ +finished +test AUC [01]\.\d\d \(95 % CI', listed)
     said = clot('runs', train, train, cwd=folder)
-    assert said.returncode == 2 and 'are the same' in said.stderr
+    assert said.returncode == 2 and 'named twice' in said.stderr
 
 def test_a_reader_that_has_enough_is_no_error(demo):
     reader = subprocess.run(f'"{CLOT}" runs | true', shell=True, cwd=demo[0], capture_output=True, text=True)
@@ -182,7 +182,7 @@ WRONG = {
     'runs --runs list.yaml': 'list.yaml is not a folder of runs',
     'run train --runs list.yaml': 'list.yaml is not a folder of runs',
     'demo --runs list.yaml': 'list.yaml is not a folder of runs',
-    'runs a b c': 'give two names',
+    'runs a b a': 'named twice',
     'runs a b': 'not a run',
     'demo --data nowhere': "'nowhere' does not exist",
     'demo -f nul.yaml': 'does not exist',
@@ -305,6 +305,7 @@ def test_models_are_compared_at_their_own_operating_points(demo):
     for run in (trained, derived): assert f'{run.name}, classified as LAA if p ≥ {load_bundle(run.bundle).threshold:.3f}' in said.stdout
     patients = [aggregate_patients(run.predictions.query("split == 'test'")) for run in (trained, derived)]
     want = compare(*patients, thresholds=[load_bundle(run.bundle).threshold for run in (trained, derived)])
+    assert "DeLong's test of the two AUCs: p = 1" in said.stdout and 'weighted_log_loss_shifted' in said.stdout
     row = next(line.split() for line in said.stdout.splitlines() if line.startswith('specificity'))
     np.testing.assert_allclose([float(v) for v in row[1:4]], want.loc['specificity', ['first', 'second', 'difference']].tolist(), atol=.001)
     assert want.difference['roc_auc'] == 0

@@ -13,10 +13,13 @@ from strip_notebooks.metrics import figures
 from strip_notebooks.metrics.compare import compare
 from strip_notebooks.operating import choose_threshold
 from strip_notebooks.benchmarks import scikit_learn_values
-from strip_notebooks.metrics.scores import (center_table, class_table, image_scores, metric_names, metric_values, scores)
+from strip_notebooks.metrics.intervals import expanded_level
+from strip_notebooks.metrics.scores import center_table, class_table, image_scores, scores
+from strip_notebooks.metrics.values import metric_names, metric_values
 from strip_notebooks.predictions import (aggregate_patients, load_predictions, make_predictions, patient_arrays,
                                          save_predictions)
-from strip_notebooks.statistics import Estimate, auc, bootstrap_weights, delong_interval, delong_paired, permutation_p, wilson_interval
+from strip_notebooks.statistics import (auc, auc_interval, auc_variance, bootstrap_weights, delong_paired, newcombe_auc_interval,
+                                        permutation_p, wilson_interval)
 from strip_notebooks.training.classifier import patient_scores
 
 FIGURES = [f for n in figures.__all__ if n != 'picture_figure' for f in [getattr(figures, n)]]
@@ -59,22 +62,25 @@ def test_a_resample_is_the_same_as_its_rows_repeated():
     for i,w in enumerate(weights.astype(int)):
         alone = metric_values(np.repeat(y, w), np.repeat(p, w), .4, .3)
         for n in metric_names: np.testing.assert_allclose(drawn[n][i], alone[n][0], atol=1e-12, err_msg=n)
-    assert (weights[:, y == 1].sum(1) == y.sum()).all() and (weights.sum(1) == 60).all()
+    assert (weights.sum(1) == 60).all() and weights[:, y == 1].sum(1).std() > 1                # drawn from all patients
+    assert (bootstrap_weights(y, 20, 1, stratified=True)[:, y == 1].sum(1) == y.sum()).all()
 
 
 def test_intervals_are_the_quantiles_of_a_plain_loop_over_patients():
     "By image: all images of a patient are drawn together"
-    from sklearn.metrics import roc_auc_score
+    from sklearn.metrics import f1_score, roc_auc_score
     table = predictions(40, seed=4)
-    got = image_scores(table, n_resamples=60, seed=9).loc['roc_auc']
+    found = image_scores(table, n_resamples=60, seed=9)
     groups = [g for _,g in table.groupby('patient_id')]                     # patients by id
     weights = bootstrap_weights(np.array([g.label.iloc[0] == 'LAA' for g in groups]).astype(int), 60, 9).astype(int)
     drawn = []
     for w in weights:
         t = pd.concat([g for g,k in zip(groups, w) for _ in range(k)])
-        drawn.append(roc_auc_score(t.label == 'LAA', t.p_LAA))
-    np.testing.assert_allclose([got.low, got.high], np.quantile(drawn, [.025, .975]), atol=1e-12)
-    np.testing.assert_allclose(got.value, roc_auc_score(table.label == 'LAA', table.p_LAA), atol=1e-12)
+        drawn.append(f1_score(t.label == 'LAA', t.p_LAA >= .5))
+    smaller = table.groupby('patient_id').label.first().value_counts().min()
+    tail = (1 - expanded_level(smaller))/2
+    np.testing.assert_allclose(found.loc['f1', ['low', 'high']].astype(float), np.quantile(drawn, [tail, 1 - tail]), atol=1e-12)
+    np.testing.assert_allclose(found.value['roc_auc'], roc_auc_score(table.label == 'LAA', table.p_LAA), atol=1e-12)
 
 
 @pytest.mark.parametrize('level', ['patient', 'image'])
@@ -113,8 +119,8 @@ def test_delong_is_that_of_a_loop_over_all_pairs():
         return wins.mean(1), wins.mean(0)
     a,b = structural(p), structural(q)
     covariance = sum(np.cov(u, v)/len(u) for u,v in zip(a, b))
-    half = 1.959963984540054*np.sqrt(covariance[0, 0])
-    np.testing.assert_allclose(delong_interval(y, p), [a[0].mean(), max(0, a[0].mean() - half), min(1, a[0].mean() + half)], atol=1e-12)
+    np.testing.assert_allclose(auc_variance(y, p), covariance[0, 0], atol=1e-12)
+    assert auc_interval(y, p).low < a[0].mean() < auc_interval(y, p).high
     difference,p_value = delong_paired(y, p, q)
     z = (a[0].mean() - b[0].mean())/np.sqrt(covariance[0, 0] + covariance[1, 1] - 2*covariance[0, 1])
     from scipy.stats import norm
@@ -143,7 +149,8 @@ def test_from_predictions_to_a_verdict(tmp_path):
     with pytest.raises(StripError, match="test patients"): choose_threshold(back['test'])
     patients = aggregate_patients(back['test'])
     table = scores(patients, threshold=threshold, train_prior=.27, n_resamples=400)
-    assert (table.low <= table.value).all() and (table.value <= table.high).all() and table.attrs['patients'] == 150
+    known = table.drop('calibration_error')
+    assert (known.low < known.value).all() and (known.value < known.high).all() and table.attrs['patients'] == 150
 
     worse = aggregate_patients(back['worse'])
     verdicts = compare(patients, worse, (threshold, .5), n_resamples=400)
@@ -154,7 +161,7 @@ def test_from_predictions_to_a_verdict(tmp_path):
     assert turned.verdict['roc_auc'] == 'second is better'
     np.testing.assert_allclose(verdicts['first'], table.value[verdicts.index], atol=1e-12)
     same = compare(patients, patients.sample(frac=1, random_state=0), n_resamples=100)
-    assert set(same.verdict) == {'not distinguishable'} and np.allclose(same.difference, 0, atol=1e-12)
+    assert set(same.verdict) == {'no interval'} and np.allclose(same.difference, 0, atol=1e-12)
 
     centers = center_table(patients, n_resamples=100).query("metric == 'roc_auc'")
     assert centers.patients.sum() == 150 and list(centers.center) == ['00', '01', '02']
@@ -229,7 +236,8 @@ def test_no_width_is_not_certainty():
     for found in (scores(aggregate_patients(table), n_resamples=50), image_scores(table, n_resamples=50)):
         for metric,n in dict(sensitivity=positives, ppv=positives, specificity=40 - positives, npv=40 - positives, accuracy=40).items():
             np.testing.assert_allclose(found.loc[metric, ['value', 'low', 'high']].astype(float), [1, *wilson_interval(n, n)], atol=1e-12)
-        assert str(Estimate(*found.loc['roc_auc', ['value', 'low', 'high']])) == '1.00 (the same in every resample)'
+        assert found.loc['roc_auc', ['value', 'low', 'high']].tolist() == [1, *newcombe_auc_interval(1, positives, 40 - positives)]
+        assert found.note['weighted_log_loss'] == 'no interval: the same in every resample'
 
 
 def test_no_patients_is_said():
@@ -286,7 +294,7 @@ def test_three_classes_are_scored_one_against_the_others():
     classes = class_table(table, n_resamples=20)
     sensitivity = classes[classes.metric == 'sensitivity']
     assert sensitivity.patients.sum() == 90 and (sensitivity.value == 1).all()              # each label is the most probable class
-    assert compare(table, table, n_resamples=20).verdict['roc_auc'] == 'not distinguishable'
+    assert compare(table, table, n_resamples=20).verdict['roc_auc'] == 'no interval'
     for draw in FIGURES: plt.close(draw(table))
 
 

@@ -146,8 +146,8 @@ def test_a_run_without_its_figure_or_record_is_an_error_in_a_sentence(tmp_path):
 def test_a_result_of_one_class_or_no_interval_is_never_certain():
     def said(auc, **counts): return result_sentences(Evaluated([*counts], 'LAA', .5, 'x', 'mean', counts, 500, Estimate(*auc), nan))
     assert said((nan, nan, nan), CE=9)[0].startswith('No patient AUC')
-    assert 'the interval is not known' in said((1., 1., 1.), CE=9, LAA=1)[0]
-    assert 'With only 1 patient of LAA the interval itself is not reliable.' in said((.8, .6, .9), CE=9, LAA=1)
+    assert 'no verdict' in said((1., .4, 1.), CE=9, LAA=1)[0] and 'the interval is not known' in said((1., nan, nan), CE=9, LAA=9)[0]
+    assert 'With only 1 patient of LAA the interval itself is not reliable.' in said((.8, .6, .9), CE=19, LAA=1)
     assert 'worse than chance' in said((.2, .1, .3), CE=9, LAA=9)[0]
 
 

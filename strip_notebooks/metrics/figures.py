@@ -14,9 +14,10 @@ import pandas as pd
 
 from ..core import class_colors, plural
 from .operating import net_benefit, reliability_table
-from .scores import average_precision, check_threshold
+from .intervals import expanded_level
+from .values import average_precision, check_threshold
 from ..predictions import class_arrays, classes_of, patient_arrays, positive_class
-from ..statistics import auc, bootstrap_interval, bootstrap_weights, cumulative_counts
+from ..statistics import auc_interval, bootstrap_interval, cumulative_counts, resampled
 
 # %% ../../nbs/530_metrics.figures.ipynb #a0bde8e1
 def _shown(name, width=18):
@@ -48,15 +49,15 @@ def roc_figure(
     n_resamples:int=2000,       # Resamples of the band
     seed:int=0,                 # Which resamples
     positive:str|None=None,     # The positive class; None takes the last in sorted order
+    stratified:bool=False,      # Resample within classes, for a study with fixed class counts
 ):                              # Matplotlib figure
     "Sensitivity vs 1 - specificity, with a bootstrap band, the AUC and chance"
     y,p,positive,color,fig,ax = _axes(patients, positive)
     (tpr,),(fpr,) = (_shares(c) for c in cumulative_counts(y, p))
     x = np.linspace(0, 1, 101)
-    weights = bootstrap_weights(y, n_resamples, seed)
-    resampled = zip(*(_shares(c) for c in cumulative_counts(y, p, weights)))
-    _shade(ax, x, [np.interp(x, b, a) for a,b in resampled], color)
-    ax.plot(fpr, tpr, color=color, label=f'AUC {bootstrap_interval(auc, y, p, n_resamples, seed)}')
+    def curves(w): return [np.interp(x, b, a) for a,b in zip(*(_shares(c) for c in cumulative_counts(y, p, w)))]
+    _shade(ax, x, resampled(curves, y, n_resamples, seed, stratified), color)
+    ax.plot(fpr, tpr, color=color, label=f'AUC {auc_interval(y, p)}')
     ax.plot([0, 1], [0, 1], color='.5', ls=':', label='chance')
     ax.set(xlim=(-.01, 1.01), ylim=(-.01, 1.01), aspect='equal')
     ax.set(xlabel='1 - specificity', ylabel=f'sensitivity for {positive}')
@@ -78,14 +79,17 @@ def pr_figure(
     n_resamples:int=2000,       # Resamples of the band
     seed:int=0,                 # Which resamples
     positive:str|None=None,     # The positive class; None takes the last in sorted order
+    stratified:bool=False,      # Resample within classes, for a study with fixed class counts
 ):                              # Matplotlib figure
     "Precision vs sensitivity, with a bootstrap band, the average precision and the prevalence"
     y,p,positive,color,fig,ax = _axes(patients, positive)
     (found,),(precision,) = _precision_curve(y, p)
     x = np.linspace(.01, 1, 100)
-    resampled = zip(*_precision_curve(y, p, bootstrap_weights(y, n_resamples, seed)))
-    _shade(ax, x, [b[np.minimum(np.searchsorted(a, x - 1e-9), len(b) - 1)] for a,b in resampled], color)
-    estimate = bootstrap_interval(average_precision, y, p, n_resamples, seed)
+    def at_x(a, b): return b[np.minimum(np.searchsorted(a, x - 1e-9), len(b) - 1)]
+    def curves(w): return [at_x(a, b) for a,b in zip(*_precision_curve(y, p, w))]
+    _shade(ax, x, resampled(curves, y, n_resamples, seed, stratified), color)
+    level = expanded_level(max(2, min(y.sum(), (1 - y).sum())))
+    estimate = bootstrap_interval(average_precision, y, p, n_resamples, seed, level, stratified)
     ax.step(found, precision, where='pre', color=color, label=f'average precision {estimate}')
     ax.axhline(y.mean(), color='.5', ls=':', label='chance: the prevalence')
     ax.set(xlabel=f'sensitivity for {positive}', ylabel=f'precision for {positive}')
@@ -174,12 +178,14 @@ def decision_figure(
     n_resamples:int=2000,       # Resamples of the band
     seed:int=0,                 # Which resamples
     positive:str|None=None,     # The positive class; None takes the last in sorted order
+    stratified:bool=False,      # Resample within classes, for a study with fixed class counts
 ):                              # Matplotlib figure
     "Net benefit of acting on the model, on everyone and on no one (Vickers and Elkin 2006)"
     y,p,positive,color,fig,ax = _axes(patients, positive)
     t = np.linspace(.02, .8, 79)
     model,everyone = net_benefit(y, p, t)
-    _shade(ax, t, net_benefit(y, p, t, bootstrap_weights(y, n_resamples, seed))[0], color)
+    def curves(w): return net_benefit(y, p, t, w)[0]
+    _shade(ax, t, resampled(curves, y, n_resamples, seed, stratified), color)
     ax.plot(t, model, color=color, label='act on the model')
     ax.plot(t, everyone, color='k', ls='--', lw=1, label='act on everyone')
     ax.axhline(0, color='.5', ls=':', label='act on no one')
