@@ -204,7 +204,7 @@ def _add_demo(command):
             'a folder LABEL/patient/image, or a CSV beside images; without it, synthetic clots are drawn')
     _option(command, 'columns', 'OURS=THEIRS,...',
             'for a CSV with other column names, such as patient_id=subject,label=etiology')
-    _option(command, 'preset', 'NAME', 'the synthetic cohort: easy, realistic, null or confounded')
+    _option(command, 'preset', 'NAME', 'the synthetic cohort: easy, structure, realistic, null or confounded')
     _option(command, 'patients', 'N', 'patients of the synthetic cohort', type=int)
     _option(command, 'size', 'PIXELS', 'side of the square that the model sees', type=int)
     _option(command, 'arch', 'NAME', 'the model: simple_cnn, or a timm name such as resnet18')
