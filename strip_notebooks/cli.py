@@ -93,6 +93,17 @@ def _found(row):
     return f'validation AUC {validation:.2f}' if validation == validation else ''
 
 # %% ../nbs/990_cli.ipynb #81981b0a
+def _beside_baselines(run, patients, positive):
+    "Whether the model of a run does better than the baselines, as a sentence"
+    from strip_notebooks.data.cache import Cache
+    from strip_notebooks.metrics.baselines import baseline_predictions, baseline_sentence, baseline_table
+    from strip_notebooks.records import Prepared
+    from strip_notebooks.runs import workspace
+    try: cache = Cache(workspace()/run.origin('prepare').record(Prepared).cache)
+    except StripError as e: return f'No baselines: {e}'
+    return baseline_sentence(baseline_table(patients, baseline_predictions(run.predictions, cache), positive=positive))
+
+# %% ../nbs/990_cli.ipynb #adea3228
 def _compared(runs):
     "The paired differences of two models as text, below what they are differences of"
     from strip_notebooks.bundle import load_bundle
@@ -108,7 +119,9 @@ def _compared(runs):
              for word, run, b in zip(('first', 'second'), runs, bundles)]
     patients = plural(table.attrs['patients'], 'test patient')
     lines += [f'{patients}; low and high: 95 % CI of the paired difference, first minus second', '']
-    return '\n'.join([*lines, table.round(3).to_string(na_rep='')])
+    beside = [_beside_baselines(run, t, first.positive) for run, t in zip(runs, tables)]
+    beside = ['', 'Beside baselines:', f'first: {beside[0]}', f'second: {beside[1]}']
+    return '\n'.join([*lines, table.round(3).to_string(na_rep=''), *beside])
 
 # %% ../nbs/990_cli.ipynb #2ef6b159
 def runs_command(

@@ -112,7 +112,7 @@ def _own_scores(name, patients, settings):
     "The rows of one predictor: name, metric, value, low, high, note"
     table = scores(patients, **settings).loc[baseline_metrics, ['value', 'low', 'high', 'note']]
     constant = patients.filter(like='p_').nunique().max() == 1
-    if constant: table.loc['roc_auc', ['low', 'high', 'note']] = np.nan, np.nan, 'the same for all patients'
+    if constant: table[['low', 'high', 'note']] = np.nan, np.nan, 'the same for all patients'
     return table.reset_index().assign(name=name)
 
 # %% ../../nbs/550_metrics.baselines.ipynb #56e4107a
