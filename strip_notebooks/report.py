@@ -326,7 +326,8 @@ def result_section(
     caption = 'Each class against the others'
     if len(m.classes) > 2: caption += '; the predicted class is the most probable one'
     baselines = baselines_of(evaluated)
-    beside = baselines if baselines is None else shown_table(baseline_rows(baselines), baseline_caption)
+    beside = None
+    if baselines is not None: beside = shown_table(baseline_rows(baselines), baseline_caption, keep=['ROC AUC'])
     return dict(baselines=beside, paragraphs=_method(m), scores=shown_table(scores, 'Test set', keep=list(scores)[1:]),
                 classes=shown_table(classes, caption, keep=list(titles.values())),
                 centers=shown_table(centers, 'A center with fewer than 5 patients of a class has no estimate',
