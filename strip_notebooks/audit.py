@@ -15,6 +15,7 @@ from .core import derive_seed
 from .data.checks import near_duplicates
 from .data.cohort import check_cohort, patient_table
 from .data.measure import measure_images
+from .data.preprocess import tissue_color
 from .findings import Finding, Findings, NoEstimate, Verdict
 from .statistics import Estimate, auc, bootstrap_weights, interval, newcombe_auc_interval
 
@@ -89,12 +90,13 @@ def patient_features(
     cohort:pd.DataFrame,    # One row per image
     measures:pd.DataFrame,  # Index image_id; height, width (pixels), red, green, blue (0 to 255)
     cache=None,             # The cohort's `Cache`, for the color that the model sees; None takes the measured color
+    tissue:bool=False,      # Whether the color is that of the tissue alone; needs the cache
 )->pd.DataFrame:            # Index patient_id; means of log_height, log_width (log2 px), red, green, blue (0 to 255)
     "Mean image size and mean color of each patient"
     table = measures.loc[cohort.image_id].reset_index(drop=True)[['height', 'width', *color_columns]]
     table[['height', 'width']] = np.log2(table[['height', 'width']].astype(float))
-    if cache is not None:
-        table[color_columns] = [cache.images[row].mean((0, 1)) for row in cache.rows(cohort.image_id)]
+    color = tissue_color if tissue else lambda image: image.mean((0, 1))
+    if cache is not None: table[color_columns] = [color(cache.images[row]) for row in cache.rows(cohort.image_id)]
     means = table.groupby(cohort.patient_id.astype(str).to_numpy()).mean().rename_axis('patient_id')
     return means.rename(columns=dict(height='log_height', width='log_width'))
 

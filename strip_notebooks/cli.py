@@ -93,6 +93,17 @@ def _found(row):
     return f'validation AUC {validation:.2f}' if validation == validation else ''
 
 # %% ../nbs/990_cli.ipynb #81981b0a
+def _beside_baselines(run, patients, positive):
+    "Whether the model of a run does better than the baselines, as a sentence"
+    from strip_notebooks.data.cache import Cache
+    from strip_notebooks.metrics.baselines import baseline_predictions, baseline_sentence, baseline_table
+    from strip_notebooks.records import Prepared
+    from strip_notebooks.runs import workspace
+    try: cache = Cache(workspace()/run.origin('prepare').record(Prepared).cache)
+    except StripError as e: return f'No baselines: {e}'
+    return baseline_sentence(baseline_table(patients, baseline_predictions(run.predictions, cache), positive=positive))
+
+# %% ../nbs/990_cli.ipynb #ef539814
 def _models(runs):
     "The bundles of training runs and their patient-level predictions on the test set; one positive class for all"
     from strip_notebooks.bundle import load_bundle
@@ -117,7 +128,9 @@ def _compared(runs):
     lines += [f'{patients}; low and high: 95 % CI of the paired difference, first minus second', '']
     last = (f"DeLong's test of the two AUCs: {p_text(table.attrs['delong_p'])}. Were these two chosen among several "
             'models? Name all of them, and the p-values are corrected for the number of pairs.')
-    return '\n'.join([*lines, table.round(3).to_string(na_rep=''), '', last])
+    beside = [_beside_baselines(run, t, bundles[0].positive) for run, t in zip(runs, tables)]
+    beside = ['', 'Beside baselines:', f'first: {beside[0]}', f'second: {beside[1]}']
+    return '\n'.join([*lines, table.round(3).to_string(na_rep=''), '', last, *beside])
 
 # %% ../nbs/990_cli.ipynb #74038535
 def _compared_pairs(runs):
@@ -226,7 +239,7 @@ def _add_demo(command):
             'a folder LABEL/patient/image, or a CSV beside images; without it, synthetic clots are drawn')
     _option(command, 'columns', 'OURS=THEIRS,...',
             'for a CSV with other column names, such as patient_id=subject,label=etiology')
-    _option(command, 'preset', 'NAME', 'the synthetic cohort: easy, realistic, null or confounded')
+    _option(command, 'preset', 'NAME', 'the synthetic cohort: easy, structure, realistic, null or confounded')
     _option(command, 'patients', 'N', 'patients of the synthetic cohort', type=int)
     _option(command, 'size', 'PIXELS', 'side of the square that the model sees', type=int)
     _option(command, 'arch', 'NAME', 'the model: simple_cnn, or a timm name such as resnet18')

@@ -69,8 +69,8 @@ class CohortSettings(Settings):
         '', description='A folder LABEL/patient/image, or a CSV beside images; empty draws synthetic clots')
     columns:list[str] = Field(
         [], description='For a CSV with other column names: pairs such as patient_id=subject')
-    preset:Literal['easy', 'realistic', 'null', 'confounded'] = Field(
-        'easy', description='Synthetic cohort: easy, realistic, null or confounded')
+    preset:Literal['easy', 'structure', 'realistic', 'null', 'confounded'] = Field(
+        'structure', description='Synthetic cohort: easy, structure, realistic, null or confounded')
     patients:int = Field(360, ge=1, le=1_000_000, description='Patients of the synthetic cohort')
     red_cell_shift:float = Field(
         0., ge=-10, le=0,

@@ -48,6 +48,7 @@ def test_demo_ends_with_a_table_and_a_report(demo):
     assert re.search(r'^ +ROC AUC +[01]\.\d\d \([01]\.\d\d–[01]\.\d\d\)', said, flags=re.MULTILINE)
     last = said[said.index('Next: open the report'):]
     assert len(re.findall(r'^Patient AUC [01]\.\d\d \(95 % CI', last, flags=re.MULTILINE)) == 1
+    assert re.search(r'^(Better than every baseline|The model does (not do better|worse) than) ', last, flags=re.MULTILINE)
     page = Path(folder, said.strip().splitlines()[-1].removeprefix('report: ')).read_text()
     assert 'AUC' in page and page.count('src="data:image/png') >= 11
     assert 'src="http' not in page and 'href="http' not in page             # nothing is fetched

@@ -94,6 +94,23 @@ def test_two_and_more_classes(tmp_path, classes):
     assert ('most probable' in text) == (len(classes) > 2)
 
 
+def test_baselines_are_in_the_second_sentence_and_in_a_table(tmp_path):
+    runs = Runs(tmp_path)
+    model = runs.trained(runs.prepared())
+    evaluated = runs.evaluated(model)
+    assert 'None: this evaluation was made without images.' in Page(report_html(evaluated)).text
+    first = dict(value=.56, low=.42, high=.68, note='')
+    rows = [dict(first, name='model', metric=m) for m in ('roc_auc', 'weighted_log_loss')]
+    rows += [dict(first, name='tissue color', metric=m, difference=.0, difference_low=-.1, difference_high=.1, verdict='not distinguishable')
+             for m in ('roc_auc', 'weighted_log_loss')]
+    table = pd.DataFrame(rows)
+    tables = {name: evaluated.table(name) for name in ('scores', 'classes', 'centers')}
+    beside = runs.made('evaluate', evaluated.record(Evaluated), dict(tables, baselines=table), [*result_figures, 'pictures'], [model])
+    text = Page(report_html(beside)).text
+    places = [text.index(p) for p in ('Patient AUC', 'The model does not do better than three color numbers', 'Test set: ', 'Beside baselines', 'Per class')]
+    assert places == sorted(places) and 'made without images' not in text
+
+
 def test_labels_with_markup_are_shown_as_written(tmp_path):
     bad = '<img src=x onerror=alert(1)>', '"><b>&amp;'
     runs = Runs(tmp_path, bad, center='<i>1</i>')

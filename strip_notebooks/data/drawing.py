@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['components', 'class_values', 'base_dyes', 'glasses', 'artifacts', 'artifact_rate', 'SyntheticError', 'smooth_noise',
-           'PatientStyle', 'draw_style', 'draw_tissue', 'cell_unit', 'CellLattice', 'cell_lattice', 'place_white_cells',
-           'layer_fields', 'draw_truth', 'measure_truth', 'fibers', 'cell_texture', 'Textures', 'draw_textures',
-           'draw_dyes', 'Stain', 'center_stain', 'apply_stain', 'add_artifact', 'render_clot', 'picture_rows']
+           'PatientStyle', 'draw_style', 'arranged', 'draw_tissue', 'cell_unit', 'CellLattice', 'cell_lattice',
+           'place_white_cells', 'layer_fields', 'draw_truth', 'measure_truth', 'fibers', 'cell_texture', 'Textures',
+           'draw_textures', 'draw_dyes', 'Stain', 'center_stain', 'apply_stain', 'add_artifact', 'render_clot',
+           'picture_rows']
 
 # %% ../../nbs/155_data.drawing.ipynb #13b7f78e
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import cv2
@@ -77,6 +78,14 @@ def draw_style(
     return PatientStyle(angle=u(0, np.pi), layer=u(28, 80), lamination=u(.15, .9), lake=u(40, 110), cell=u(4.2, 5.8),
                         elongation=u(1, 2.3), coverage=u(.42, .66), cracks=u(0, .035), red_tint=u(-1, 1),
                         platelet_tint=u(-1, 1), fibrin_depth=u(.75, 1.3), grain=u(1.4, 3.2))
+
+# %% ../../nbs/155_data.drawing.ipynb #d422df0c
+def arranged(
+    style:PatientStyle, # A patient's look
+    length:float,       # Length of a red-cell lake, pixels at 512; layers are three quarters of it apart
+)->PatientStyle:
+    "The same look with the components arranged at another length: short is a fine mixture, long is lakes and bands"
+    return replace(style, lake=length, layer=.75*length)
 
 # %% ../../nbs/155_data.drawing.ipynb #44794ad6
 def _ellipse(x, y, radius, angle, elongation, bend):

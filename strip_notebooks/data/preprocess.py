@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['reinhard_reference', 'macenko_stains', 'macenko_concentrations', 'imagenet', 'preprocessing_choices',
-           'PreprocessError', 'Geometry', 'square_geometry', 'fit_square', 'reinhard', 'macenko', 'equalize',
-           'Preprocessing', 'prepared_pixels', 'fit_normalization']
+           'PreprocessError', 'Geometry', 'square_geometry', 'fit_square', 'tissue_mask', 'tissue_color', 'reinhard',
+           'macenko', 'equalize', 'Preprocessing', 'prepared_pixels', 'fit_normalization']
 
 # %% ../../nbs/170_data.preprocess.ipynb #cb38fdbf
 from dataclasses import asdict, dataclass, fields, replace
@@ -94,6 +94,22 @@ def _density(image):
     return np.maximum(-np.log((image.reshape(-1, 3).astype(np.float32) + 1)/(_glass(image) + 1)), 0)
 
 # %% ../../nbs/170_data.preprocess.ipynb #b22c62ae
+def tissue_mask(
+    image:np.ndarray,   # (H, W, 3) uint8
+)->np.ndarray:          # (H, W) bool
+    "Where the picture is denser than its own glass"
+    import cv2
+    return cv2.GaussianBlur(_density(image).mean(1).reshape(image.shape[:2]), (0, 0), 2) > .15
+
+# %% ../../nbs/170_data.preprocess.ipynb #ac472d43
+def tissue_color(
+    image:np.ndarray,   # (H, W, 3) uint8
+)->np.ndarray:          # (3,) 0 to 255
+    "Mean color of the tissue; of the whole picture if less than 1 % of it is tissue"
+    tissue = tissue_mask(image)
+    return image[tissue].mean(0) if tissue.mean() >= .01 else image.mean((0, 1))
+
+# %% ../../nbs/170_data.preprocess.ipynb #dabdf5e3
 reinhard_reference = (68., 24., -12.), (12., 8., 7.)    # Mean and spread in Lab of Macenko's stains, medium density
 
 def reinhard(
@@ -101,8 +117,7 @@ def reinhard(
 ):                      # (H, W, 3) uint8, and whether it was done
     "Color statistics of the tissue matched to a reference in Lab (Reinhard et al. 2001); unchanged without tissue"
     import cv2
-    density = _density(image).mean(1).reshape(image.shape[:2])
-    tissue = cv2.GaussianBlur(density, (0, 0), 2) > .15                     # smooth, so that noise does not speckle it
+    tissue = tissue_mask(image)
     if tissue.mean() < .01: return image, False
     lab = cv2.cvtColor(np.minimum(image*(240/_glass(image))/255, 1).astype(np.float32), cv2.COLOR_RGB2LAB)
     mean,spread = lab[tissue].mean(0), lab[tissue].std(0)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['presets', 'center_share', 'prior', 'image_counts', 'latent_correlation', 'within_share', 'formats',
            'generator_version', 'Preset', 'preset_named', 'as_preset', 'to_fractions', 'to_latent', 'latent_normal',
-           'CompositionModel', 'composition_model', 'draw_composition', 'center_probabilities', 'log_likelihood_ratio',
-           'best_auc', 'bayes_auc', 'draw_patients', 'plan_cohort', 'draw_planned', 'read_truth', 'read_truth_map',
-           'make_cohort']
+           'CompositionModel', 'composition_model', 'draw_latent', 'draw_composition', 'center_probabilities',
+           'log_likelihood_ratio', 'best_auc', 'bayes_auc', 'draw_patients', 'plan_cohort', 'draw_planned',
+           'read_truth', 'read_truth_map', 'make_cohort']
 
 # %% ../../nbs/160_data.synthetic.ipynb #b6c1d062
 import warnings
@@ -22,7 +22,7 @@ import pandas as pd
 from ..core import atomic_path, derive_seed, nearest, read_json, write_csv, write_json
 from ..processes import parallel_map
 from .cohort import CohortWarning, save_cohort
-from .drawing import SyntheticError, artifact_rate, artifacts, center_stain, components
+from .drawing import SyntheticError, arranged, artifact_rate, artifacts, center_stain, components
 from .drawing import draw_style, measure_truth, render_clot
 from .formats import write_image
 from ..statistics import auc
@@ -38,6 +38,7 @@ class Preset:
     varied_size:bool=False  # Whether each center has its own picture size
     red_cell_shift:float=0. # Percentage points added to the mean of red cells in CE
     images_per_patient:int|None=None    # A fixed number; None takes the counts of STRIP
+    lengths:tuple=()        # (CE, LAA): (mean, SD) of log2 of a lake's length, pixels at 512; empty: as the look says
 
     @property
     def composition(self):
@@ -50,8 +51,10 @@ _mild  = (.24, .34, .30, .25, .32, .27, .29, .22, .35, .31, .27)
 _even  = (.28,)*11
 _stark = (.97, .02, .02, .96, .02, .02, .02, .95, .02, .95, .02)
 _pooled = ((43, 22), (26, 18), (4, 2.5))
+_mixed  = ((43, 13), (26, 10), (4, 2.))
 presets = {p.name: p for p in (
     Preset('easy', ((31, 15), (39, 13), (6, 2.5)), ((57, 15), (16, 10), (2.8, 1.5)), _mild),
+    Preset('structure', _mixed, _mixed, _even, lengths=((4.2, .8), (6.4, .8))),
     Preset('realistic', ((42, 22), (27, 18), (4, 2.5)), ((46, 23), (24, 18), (4, 2.5)), _mild),
     Preset('null', _pooled, _pooled, _even),
     Preset('confounded', _pooled, _pooled, _stark, varied_size=True))}
@@ -75,7 +78,7 @@ def _check_changes(name, red_cell_shift, images_per_patient):
 
 # %% ../../nbs/160_data.synthetic.ipynb #f84245f8
 def preset_named(
-    name:str,               # 'easy', 'realistic', 'null' or 'confounded'
+    name:str,               # 'easy', 'structure', 'realistic', 'null' or 'confounded'
     red_cell_shift:float=0.,# Percentage points added to the mean of red cells in CE, -10 to 0; only for 'realistic'
     images_per_patient:int|None=None,   # A fixed number, 1 or more; None takes the counts of STRIP
 )->Preset:
@@ -111,11 +114,11 @@ def to_latent(
 latent_correlation = np.array([[1, .0, .1], [.0, 1, .3], [.1, .3, 1]])
 
 @lru_cache
-def _normal_points(n):
-    "2**n quasi-random standard normal points in three dimensions"
+def _normal_points(n, dimensions=3):
+    "2**n quasi-random standard normal points"
     from scipy.special import ndtri
     from scipy.stats import qmc
-    return ndtri(qmc.Sobol(3, seed=0).random_base2(n).clip(1e-9, 1 - 1e-9))
+    return ndtri(qmc.Sobol(dimensions, seed=0).random_base2(n).clip(1e-9, 1 - 1e-9))
 
 # %% ../../nbs/160_data.synthetic.ipynb #9cca0aa3
 def _moments(parameters):
@@ -141,27 +144,50 @@ def latent_normal(
     return fit.x[:3], latent_correlation*np.outer(sd, sd)
 
 # %% ../../nbs/160_data.synthetic.ipynb #3df1740c
-within_share = .2   # Share of the log ratios' variance that is between the images of one patient
+within_share = .2   # Share of the variance that is between the images of one patient
 
 @dataclass(frozen=True)
 class CompositionModel:
-    "The two-level normal model of the log ratios"
-    means:dict          # Label -> mean (3,)
-    between:dict        # Label -> covariance between patients (3, 3)
-    within:np.ndarray   # Covariance within a patient (3, 3), the same for both labels
+    "The two-level normal model of D numbers: three log ratios and, if the preset has lengths, log2 of them"
+    means:dict          # Label -> mean (D,)
+    between:dict        # Label -> covariance between patients (D, D)
+    within:np.ndarray   # Covariance within a patient (D, D), the same for both labels
 
 # %% ../../nbs/160_data.synthetic.ipynb #16419c93
+def _label_normals(preset):
+    "Label -> mean (D,) and covariance (D, D) of one image of a patient"
+    normals = {label: latent_normal(m) for label, m in preset.composition.items()}
+    for label, (mean, sd) in zip(('CE', 'LAA'), preset.lengths):
+        ratios, covariance = normals[label]
+        normals[label] = np.r_[ratios, mean], np.pad(covariance, (0, 1)) + np.diag([0, 0, 0, sd**2])
+    return normals
+
+# %% ../../nbs/160_data.synthetic.ipynb #c582ea45
 @lru_cache
 def composition_model(
     preset='easy',  # Name of a preset, or a `Preset`
 )->CompositionModel:
-    "The model of a preset's compositions"
-    normals = {label: latent_normal(m) for label, m in as_preset(preset).composition.items()}
+    "The model of a preset's compositions and, where it has lengths, arrangements"
+    normals = _label_normals(as_preset(preset))
     within = within_share*sum(c for _, c in normals.values())/len(normals)
     means = {label: mean for label, (mean, _) in normals.items()}
     return CompositionModel(means, {label: c - within for label, (_, c) in normals.items()}, within)
 
 # %% ../../nbs/160_data.synthetic.ipynb #829ad7f1
+def draw_latent(
+    labels,         # (P,) 'CE' or 'LAA' of each patient
+    n_images,       # (P,) images of each patient
+    preset='easy',  # Name of a preset, or a `Preset`
+    seed:int=0,     # Seed
+)->np.ndarray:      # (sum of n_images, D) as in `CompositionModel`
+    "Log ratios, and where the preset has lengths log2 of them, of all images of the patients, patient after patient"
+    model = composition_model(preset)
+    rng = np.random.default_rng(derive_seed(seed, 'composition'))
+    spread = {l: np.linalg.cholesky(c) for l, c in model.between.items()}
+    patients = np.stack([model.means[l] + spread[l] @ rng.standard_normal(len(model.within)) for l in labels])
+    images = np.repeat(patients, n_images, 0)
+    return images + rng.standard_normal(images.shape) @ np.linalg.cholesky(model.within).T
+
 def draw_composition(
     labels,         # (P,) 'CE' or 'LAA' of each patient
     n_images,       # (P,) images of each patient
@@ -169,12 +195,7 @@ def draw_composition(
     seed:int=0,     # Seed
 )->np.ndarray:      # (sum of n_images, 4) fractions in the order of `components`
     "Compositions of all images of the patients, patient after patient"
-    model = composition_model(preset)
-    rng = np.random.default_rng(derive_seed(seed, 'composition'))
-    spread = {l: np.linalg.cholesky(c) for l, c in model.between.items()}
-    patients = np.stack([model.means[l] + spread[l] @ rng.standard_normal(3) for l in labels])
-    images = np.repeat(patients, n_images, 0)
-    return to_fractions(images + rng.standard_normal(images.shape) @ np.linalg.cholesky(model.within).T)
+    return to_fractions(draw_latent(labels, n_images, preset, seed)[:, :3])
 
 # %% ../../nbs/160_data.synthetic.ipynb #f14e50c5
 def center_probabilities(
@@ -191,11 +212,11 @@ def center_probabilities(
 
 # %% ../../nbs/160_data.synthetic.ipynb #3a0a41d4
 def log_likelihood_ratio(
-    latent_mean:np.ndarray, # (..., 3) mean of the log ratios of a patient's images
+    latent_mean:np.ndarray, # (..., D) mean of a patient's images, as in `CompositionModel`
     n_images:int,           # How many images the patient has
     model:CompositionModel, # Of `composition_model`
 )->np.ndarray:              # (...,) positive for LAA
-    "How much more likely the patient's compositions are under LAA than under CE, as a logarithm"
+    "How much more likely the patient's images are under LAA than under CE, as a logarithm"
     def log_density(label):
         c = model.between[label] + model.within/n_images
         d = latent_mean - model.means[label]
@@ -205,7 +226,7 @@ def log_likelihood_ratio(
 # %% ../../nbs/160_data.synthetic.ipynb #2d8c85a6
 def _scores(label, model, counts, centers):
     "Scores and weights of the quasi-random patients of a label, for every number of images (and every center)"
-    z = _normal_points(13)
+    z = _normal_points(13, len(model.within))
     spread = {n: z @ np.linalg.cholesky(model.between[label] + model.within/n).T for n in counts}
     scores = np.concatenate([log_likelihood_ratio(model.means[label] + spread[n], n, model) for n in counts]).round(12)
     weights = np.repeat(np.array(list(counts.values()), float), len(z))
@@ -229,7 +250,7 @@ def bayes_auc(
     preset='easy',      # Name of a preset, or a `Preset`
     center:bool=False,  # Whether the model may also use the center, which the stain reveals
 )->float:               # 0.5 to 1
-    "The upper bound of the patient AUC of any model, given the true composition of all images"
+    "The upper bound of the patient AUC of any model, given the true composition and arrangement of all images"
     preset = as_preset(preset)
     counts = {preset.images_per_patient: 1} if preset.images_per_patient else image_counts
     return best_auc(composition_model(preset), counts, center_probabilities(preset) if center else None)
@@ -278,7 +299,7 @@ def plan_cohort(
     n_patients:int=240, # How many
     size:int=512,       # Side of a picture in pixels
     seed:int=0,         # Seed
-)->pd.DataFrame:        # One row per image: image_id, patient_id, label, center_id, artifact, size, and its fractions
+)->pd.DataFrame:        # One row per image: ids, label, center_id, artifact, size, its fractions, length if any
     "Everything about a cohort except its pixels"
     preset = as_preset(preset)
     patients = draw_patients(n_patients, preset, seed)
@@ -288,8 +309,11 @@ def plan_cohort(
     rates = [1 - artifact_rate*len(artifacts)] + [artifact_rate]*len(artifacts)
     plan['artifact'] = rng.choice(['none', *artifacts], len(plan), p=rates)
     plan['size'] = _picture_sizes(plan, size, preset.varied_size)
-    plan[list(components)] = draw_composition(patients.label, patients.n_images, preset, seed)
-    return plan[['image_id', 'patient_id', 'label', 'center_id', 'artifact', 'size', *components]]
+    latent = draw_latent(patients.label, patients.n_images, preset, seed)
+    plan[list(components)] = to_fractions(latent[:, :3])
+    if preset.lengths: plan['length'] = 2**latent[:, 3]
+    lengths = ['length'] if preset.lengths else []
+    return plan[['image_id', 'patient_id', 'label', 'center_id', 'artifact', 'size', *components, *lengths]]
 
 # %% ../../nbs/160_data.synthetic.ipynb #da975f2e
 formats = ('png', 'jpg', 'npy', 'dcm', 'nii', 'nii.gz', 'tif')
@@ -300,6 +324,7 @@ def draw_planned(
 )->tuple:       # Picture (size, size, 3) uint8 RGB; truth map (size, size) uint8
     "The picture and the truth map of one row of a plan"
     style = draw_style(np.random.default_rng(derive_seed(seed, 'patient', row['patient_id'])))
+    if 'length' in row: style = arranged(style, row['length'])
     fractions, stain = np.array([row[c] for c in components]), center_stain(int(row['center_id']))
     own_seed = derive_seed(seed, 'image', row['image_id'])
     return render_clot(fractions, style, stain, row['size'], own_seed, row['artifact'])
@@ -327,7 +352,7 @@ def _claim(folder, settings):
 # %% ../../nbs/160_data.synthetic.ipynb #4468e9ee
 def read_truth(
     folder,             # Folder of a synthetic cohort
-)->pd.DataFrame:        # image_id, artifact, tissue (share of the picture), and the fractions measured on the truth map
+)->pd.DataFrame:        # image_id, artifact, length if any, tissue (share of the picture), fractions of the map
     "The truth about each image, which no model may see"
     return pd.read_csv(Path(folder)/'truth.csv', dtype=dict(image_id=str), keep_default_na=False)
 
@@ -349,7 +374,8 @@ def _draw_missing(folder, plan, seed, workers):
     for _ in parallel_map(_write_planned, missing, 'drawing clots', workers): pass
     if missing or not (folder/'truth.csv').exists():
         measured = [measure_truth(read_truth_map(folder, i)) for i in plan.image_id]
-        write_csv(folder/'truth.csv', pd.concat([plan[['image_id', 'artifact']], pd.DataFrame(measured)], axis=1))
+        drawn = plan[[c for c in ('image_id', 'artifact', 'length') if c in plan]]
+        write_csv(folder/'truth.csv', pd.concat([drawn, pd.DataFrame(measured)], axis=1))
 
 # %% ../../nbs/160_data.synthetic.ipynb #3462641e
 def _save_quietly(path, cohort):
@@ -363,7 +389,7 @@ generator_version = 1
 
 def make_cohort(
     folder,                 # Where to; a folder with the same settings is completed and reused
-    preset='easy',          # 'easy', 'realistic', 'null' or 'confounded', or one changed by `preset_named`
+    preset='easy',          # Name of a preset, or one changed by `preset_named`
     n_patients:int=240,     # How many patients, 8 or more
     size:int=512,           # Side of a picture in pixels
     seed:int=0,             # Seed
