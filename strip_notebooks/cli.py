@@ -116,6 +116,7 @@ def _models(runs):
     tables = [aggregate_patients(run.predictions.query("split == 'test'"), b.how) for run, b in zip(runs, bundles)]
     return bundles, tables
 
+# %% ../nbs/990_cli.ipynb #0bed87e6
 def _compared(runs):
     "The paired differences of two models as text, below what they are differences of"
     from strip_notebooks.metrics.compare import compare

@@ -306,7 +306,8 @@ def baseline_rows(
     rows = []
     for name, group in table.groupby('name', sort=False):
         row, (auc, loss) = {'predictor': name}, group.set_index('metric').loc[['roc_auc', 'weighted_log_loss']].iloc
-        for title, r in (('ROC AUC', auc), ('class-weighted log loss', loss)): row[title] = _text_of(r.value, r.low, r.high)
+        for title, r in (('ROC AUC', auc), ('class-weighted log loss', loss)):
+            row[title] = _text_of(r.value, r.low, r.high)
         for title, r in (('model minus baseline, AUC', auc), ('model minus baseline, log loss', loss)):
             gained = _text_of(r.difference, r.difference_low, r.difference_high)
             row[title] = '' if name == 'model' else gained
@@ -321,9 +322,9 @@ def baselines_of(
     except RunError: return None
 
 # %% ../nbs/950_report.ipynb #29996aad
-baseline_caption = ('Test set, 95 % CI. Baselines are fitted on the training patients, from the same pixels; differences are '
-                    'paired. A split that balances the centers lifts the AUC of the center alone to about 0.58 '
-                    'where the center says nothing')
+baseline_caption = ('Test set, 95 % CI. Baselines are fitted on the training patients, from the same pixels; '
+                    'differences are paired. A split that balances the centers lifts the AUC of the center alone '
+                    'to about 0.58 where the center says nothing')
 
 def result_section(
     evaluated:Run,          # A run of evaluate
@@ -433,7 +434,8 @@ def report_html(
         lead=f'{trained.record(Trained).arch} on {about.source}. Made {evaluated.status.started[:10]}, for research.',
         warnings=warnings, warnings_lead=f'{plural(len(warnings), "finding")} of checks and audit must be read '
                                          'before the result is believed:',
-        sentences=result_sentences(m, about.best_auc, centers, baselines_of(evaluated)), result=result_section(evaluated, about.best_auc),
+        sentences=result_sentences(m, about.best_auc, centers, baselines_of(evaluated)),
+        result=result_section(evaluated, about.best_auc),
         cohort=cohort_section(prepared), audit=audit_section(prepared), training=training_section(trained, derived),
         pictures=_pictures(prepared, evaluated, m.positive), limits=limit_sentences(prepared),
         origin=origin_section(runs))

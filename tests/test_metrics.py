@@ -161,7 +161,7 @@ def test_from_predictions_to_a_verdict(tmp_path):
     assert turned.verdict['roc_auc'] == 'second is better'
     np.testing.assert_allclose(verdicts['first'], table.value[verdicts.index], atol=1e-12)
     same = compare(patients, patients.sample(frac=1, random_state=0), n_resamples=100)
-    assert set(same.verdict) == {'no interval'} and np.allclose(same.difference, 0, atol=1e-12)
+    assert set(same.verdict) == {'not distinguishable'} and np.allclose(same.difference, 0, atol=1e-12)
 
     centers = center_table(patients, n_resamples=100).query("metric == 'roc_auc'")
     assert centers.patients.sum() == 150 and list(centers.center) == ['00', '01', '02']
@@ -294,7 +294,7 @@ def test_three_classes_are_scored_one_against_the_others():
     classes = class_table(table, n_resamples=20)
     sensitivity = classes[classes.metric == 'sensitivity']
     assert sensitivity.patients.sum() == 90 and (sensitivity.value == 1).all()              # each label is the most probable class
-    assert compare(table, table, n_resamples=20).verdict['roc_auc'] == 'no interval'
+    assert compare(table, table, n_resamples=20).verdict['roc_auc'] == 'not distinguishable'
     for draw in FIGURES: plt.close(draw(table))
 
 

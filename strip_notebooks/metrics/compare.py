@@ -14,7 +14,7 @@ from .coverage import interval_note
 from .intervals import difference_estimates
 from .values import check_threshold, metric_values
 from ..predictions import check_predictions, classes_of, patient_arrays
-from ..statistics import auc, delong_paired, holm
+from ..statistics import Estimate, auc, delong_paired, holm
 
 # %% ../../nbs/520_metrics.compare.ipynb #1b31ee1d
 def _matched(a, b):
@@ -44,15 +44,15 @@ better_when_higher = ['roc_auc', 'pr_auc', 'accuracy', 'balanced_accuracy', 'sen
 least_patients = 5      # Of a class, below which there is no verdict
 
 def verdict(
-    low:float,      # Lower bound of the interval of the difference
-    high:float,     # Upper bound
+    difference:Estimate, # First minus second, with its interval
     higher:bool,    # Whether higher is better
     smaller:int=least_patients, # Patients of the smaller class
 )->str:             # 'first is better', 'second is better', 'not distinguishable', 'no verdict: ...' or 'no interval'
     "What the interval of a difference (first minus second) allows one to say"
     if smaller < least_patients: return f'no verdict: a class has fewer than {plural(least_patients, "patient")}'
-    if np.isnan(low) or np.isnan(high): return 'no interval'
-    if low <= 0 <= high: return 'not distinguishable'
+    value, low, high = difference
+    if value == 0 or low <= 0 <= high: return 'not distinguishable'
+    if np.isnan(low): return 'no interval'
     return 'first is better' if (low > 0) == higher else 'second is better'
 
 # %% ../../nbs/520_metrics.compare.ipynb #9ee45770
@@ -63,7 +63,7 @@ def _rows(y, models, estimates, aucs):
     for name,d in estimates.items():
         if name == 'calibration_error': continue
         yield dict(metric=name, first=values[0][name][0], second=values[1][name][0], difference=d.value, low=d.low,
-                   high=d.high, verdict=verdict(d.low, d.high, name in better_when_higher, smaller),
+                   high=d.high, verdict=verdict(d, name in better_when_higher, smaller),
                    note=interval_note(f'difference of {name}', smaller, max(aucs)) if d.low == d.low else '')
 
 # %% ../../nbs/520_metrics.compare.ipynb #9e477e0a
