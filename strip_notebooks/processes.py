@@ -332,6 +332,16 @@ def submit_again(self:_Queue):
                               'this machine is short of memory, processes or file handles.')
         self.submit(task)
 
+# %% ../nbs/010_processes.ipynb #6abab634
+@patch
+def settle(self:_Queue,
+    task,   # One of its tasks
+):
+    "Wait for a task; it is submitted again whenever its crew was stopped"
+    while not task.future.done() or _is_broken(task.future):
+        self.submit_again()
+        _wait(self.crew, [task.future])
+
 # %% ../nbs/010_processes.ipynb #8a8baf72
 @patch
 def run_alone(self:_Queue,
@@ -341,13 +351,14 @@ def run_alone(self:_Queue,
     task.killed = True
     self.crew = _workers(self.workers, replace=self.crew)
     self.submit(task)
-    _wait(self.crew, [task.future])
+    self.settle(task)
     self.submit_again()
 
 # %% ../nbs/010_processes.ipynb #982ecebe
 def _outcome(queue, task):
-    "The result of a task that is done, or `Died`; a worker that was killed gets a second try"
+    "The result of a task, or `Died`; a worker that was killed gets a second try"
     from pebble import ProcessExpired
+    queue.settle(task)
     try: good, value = pickle.loads(task.future.result())
     except ProcessExpired as e:
         if e.exitcode == _killed and not task.killed:
