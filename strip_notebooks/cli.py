@@ -151,9 +151,9 @@ def runs_command(
     print(_compared([find_run(name, ['train', 'derive'], args.runs) for name in args.compare]))
 
 # %% ../nbs/990_cli.ipynb #82072f80
-_demo_options = dict(data=['prepare'], columns=['prepare'], preset=['prepare'], patients=['prepare'], size=['prepare'],
-                     train_centers=['prepare'], test_centers=['prepare'], arch=['train'], epochs=['train'],
-                     seed=['prepare', 'train', 'evaluate'])
+_demo_options = dict(data=['prepare'], columns=['prepare'], preset=['prepare'], patients=['prepare'],
+                     size=['prepare'], positive=['prepare'], train_centers=['prepare'], test_centers=['prepare'],
+                     arch=['train'], epochs=['train'], seed=['prepare', 'train', 'evaluate'])
 
 def demo_parameters(
     args,       # The parsed words after `clot demo`
@@ -223,6 +223,10 @@ def predict_command(
     "Print, and where asked write, what a trained model says about images"
     from strip_notebooks import predict
     folder, columns = predict.bundle_folder(args.model, args.runs), _mapping(args.columns)
+    if args.about:
+        from strip_notebooks.card import about_model
+        run = folder.parent if (folder.parent/'status.json').exists() else None
+        return print(about_model(folder, run and run.parent), end='')
     if args.out: predict.table_paths(args.out)
     found = predict.predict_files(predict.load_bundle(folder, args.device), args.paths, args.patient, columns)
     written = found.save(args.out) if args.out else []
@@ -250,6 +254,7 @@ def _add_demo(command):
     _option(command, 'preset', 'NAME', 'the synthetic cohort: easy, realistic, null or confounded')
     _option(command, 'patients', 'N', 'patients of the synthetic cohort', type=int)
     _option(command, 'size', 'PIXELS', 'side of the square that the model sees', type=int)
+    _option(command, 'positive', 'CLASS', 'the positive class; without it LAA, or else the last in alphabetical order')
     _option(command, 'arch', 'NAME', 'the model: simple_cnn, or a timm name such as resnet18')
     _option(command, 'epochs', 'N', 'passes over the training images', type=int)
     _option(command, 'train-centers', 'A,B', 'train only on these centers; goes with --test-centers')
@@ -279,6 +284,7 @@ def _add_predict(command):
                          help='a run, by its name or folder, or the folder of a bundle')
     command.add_argument('paths', nargs='*', metavar='PATH',
                          help='image files, folders of them, or a CSV; no labels are needed')
+    command.add_argument('--about', action='store_true', help='print the model card instead')
     _option(command, 'out', 'TABLE.CSV', 'write the answers as CSV; TABLE-patients.csv is written beside it')
     _option(command, 'patient', 'RULE', 'what a patient is in a folder: auto (a subfolder, or a file in no subfolder), '
             'folder or file; default auto', default='auto')
