@@ -30,6 +30,7 @@ not_for = ('Not a medical device. Not for decisions about the treatment of a per
 license_words = ('The software is under the MIT license. '
                  'The weights are bound to the terms of the training images, not stated here.')
 
+# %% ../nbs/920_card.ipynb #7d202322
 def _model_section(body):
     "What a bundle.json says about the model"
     spec = body['spec']
