@@ -496,7 +496,7 @@ def _data_words(prepared):
     return f"{p['preset']}, {plural(p['patients'], 'patient')}"
 
 def _minutes(status):
-    "How long a run took from its first start to its last end, or has taken up to now"
+    "How long a run took from its first start to its last end, or the time until now"
     began, ended = (datetime.fromisoformat(t) for t in (status.started, status.ended or now()))
     return f'{(ended - began).total_seconds()/60:.1f}'
 

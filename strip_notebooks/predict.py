@@ -206,8 +206,8 @@ def _unreadable_lines(found, most):
     yield from ['', f"Not predicted: {plural(len(bad), 'file')}"]
     yield from (f'  {r.image_id}: {r.message}' for r in bad.head(most).itertuples())
     if len(bad) > most: yield f'  … and {len(bad) - most:,} more'
-    gone = sorted(set(bad.patient_id) - set(found.patients.patient_id))
-    if gone: yield f"{plural(len(gone), 'patient')} without any readable image: {listing(gone[:most])}."
+    without = sorted(set(bad.patient_id) - set(found.patients.patient_id))
+    if without: yield f"{plural(len(without), 'patient')} without any readable image: {listing(without[:most])}."
 
 # %% ../nbs/930_predict.ipynb #eda9e39c
 @patch
