@@ -190,6 +190,7 @@ def duplicate_pairs(
     if 'split' in known: pairs = pairs.assign(**{f'split_{end}': t.split.to_numpy() for end, t in sides.items()})
     return pairs.sort_values(['patients', 'distance'], kind='stable', ignore_index=True)
 
+# %% ../nbs/220_preparation.ipynb #3c273f6a
 def save_duplicates(
     folder,                             # Written by `save_prepared`
     pairs:pd.DataFrame,                 # From `duplicate_pairs`
