@@ -217,6 +217,13 @@ def _mapping(text):
     except ValueError as e: raise StripError(str(e)) from None
     return dict(pair.split('=', 1) for pair in pairs)
 
+def _about_model(folder):
+    "The model card of a bundle; evaluations are looked for among the runs beside its own"
+    from strip_notebooks.card import about_model
+    from strip_notebooks.runs import Run, RunError
+    try: return about_model(folder, Run(folder.parent).path.parent)
+    except RunError: return about_model(folder)
+
 def predict_command(
     args,   # The parsed words after `clot predict`
 )->None:
@@ -224,9 +231,7 @@ def predict_command(
     from strip_notebooks import predict
     folder, columns = predict.bundle_folder(args.model, args.runs), _mapping(args.columns)
     if args.about:
-        from strip_notebooks.card import about_model
-        run = folder.parent if (folder.parent/'status.json').exists() else None
-        return print(about_model(folder, run and run.parent), end='')
+        return print(_about_model(folder), end='')
     if args.out: predict.table_paths(args.out)
     found = predict.predict_files(predict.load_bundle(folder, args.device), args.paths, args.patient, columns)
     written = found.save(args.out) if args.out else []
