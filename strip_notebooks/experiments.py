@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['builds_on', 'ExperimentError', 'experiment_paths', 'experiment_path', 'experiment_parameters', 'check_parameters',
            'remove_leftovers', 'how_to_resume', 'find_run', 'with_parent', 'check_names', 'begin_run', 'run_experiment',
-           'resume_experiment', 'repeat_experiment']
+           'resume_experiment', 'repeat_experiment', 'list_experiments']
 
 # %% ../nbs/900_experiments.ipynb #6c7eaf96
 import ast, contextlib, errno, io, logging, os, shlex, shutil, signal, sys, tempfile, threading, tokenize
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
+
+import pandas as pd
 
 from .core import StripError, nearest, plural, read_json, remove_temporaries, write_json, write_text
 from .processes import remove_worker_files
-from .runs import (Owner, Run, RunError, list_runs, new_run, open_run, process_started,
+from .runs import (Owner, Run, RunError, list_runs, new_run, now, open_run, process_started,
                                  remove_new_folders, workspace)
 from .settings import step_settings
 
@@ -479,3 +482,42 @@ def repeat_experiment(
     values = check_parameters(path, run.parameters)
     again = new_run(run.step, values, root or run.path.parent, run.status.notebook and path, run.environment['threads'])
     return _execute(path, again, show)
+
+# %% ../nbs/900_experiments.ipynb #278fa047
+def _origin(run, step):
+    "The run of `step` that `run` is or builds on; None if there is none, or if it cannot be read"
+    try: return run if run.step == step else run.origin(step)
+    except StripError: return None
+
+def _data_words(prepared):
+    "Such as 'easy, 360 patients', or the name of the folder or table"
+    p = prepared.parameters
+    if p.get('data'): return Path(p['data']).name
+    return f"{p['preset']}, {plural(p['patients'], 'patient')}"
+
+def _minutes(status):
+    "How long a run took from its first start to its last end, or the time until now"
+    began, ended = (datetime.fromisoformat(t) for t in (status.started, status.ended or now()))
+    return f'{(ended - began).total_seconds()/60:.1f}'
+
+def _settings_of(run):
+    "data, model, epochs, seed and minutes of a run, as text"
+    prepared, trained = _origin(run, 'prepare'), _origin(run, 'train')
+    given = trained.parameters if trained else {}
+    return dict(data=_data_words(prepared) if prepared else '', model=given.get('arch', ''),
+                epochs=str(given.get('epochs', '')), seed=str(run.parameters.get('seed', given.get('seed', ''))),
+                minutes=_minutes(run.status))
+
+# %% ../nbs/900_experiments.ipynb #c3c08f51
+def list_experiments(
+    root=None,      # The folder of all runs; None is the workspace's runs/
+)->pd.DataFrame:    # As from `list_runs`, with data, model, epochs, seed and minutes as text
+    "One row per run, oldest first, with the settings in which runs differ"
+    root = Path(root or workspace()/'runs')
+    runs = list_runs(root)
+    def settings(name):
+        try: return _settings_of(Run(root/name))
+        except (StripError, KeyError, ValueError, TypeError): return {}
+    columns = ['data', 'model', 'epochs', 'seed', 'minutes']
+    told = pd.DataFrame([settings(name) for name in runs.run], index=runs.index).reindex(columns=columns).fillna('')
+    return pd.concat([runs.drop(columns=columns, errors='ignore'), told], axis=1)

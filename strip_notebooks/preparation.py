@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FoundImages', 'own_images', 'synthetic_images', 'reading_of', 'usable_images', 'reason_table', 'usable_sentences',
-           'SplitPlan', 'split_sentence', 'split_cohort', 'save_prepared', 'load_prepared', 'training_data']
+           'SplitPlan', 'split_sentence', 'split_cohort', 'save_prepared', 'load_prepared', 'duplicate_pairs',
+           'save_duplicates', 'duplicate_figure', 'training_data']
 
 # %% ../nbs/220_preparation.ipynb #18569129
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pandas as pd
 
 from .core import StripError, file_hash, listing, plural, read_json, write_csv, write_json
 from .data.cache import Cache
+from .data.checks import near_duplicates, showable
 from .data.cohort import (CohortError, hide, identity_table, load_cohort, load_salt, read_cohort, reveal,
                                          save_cohort)
 from .data.images import Reading
@@ -173,6 +175,58 @@ def load_prepared(
                          f'wrong. Change your own images or table instead; {again}')
     if 'split' in cohort: cohort = read_splits(folder/'splits', cohort.drop(columns='split'))
     return cohort, Preprocessing.from_dict(about['preprocessing'])
+
+# %% ../nbs/220_preparation.ipynb #9b6d5641
+def duplicate_pairs(
+    cohort:pd.DataFrame,    # Usable images, split if they are labeled
+    measures:pd.DataFrame,  # Index image_id; hash
+)->pd.DataFrame:            # One row per pair: image_id_a, image_id_b, distance, patients, split_a, split_b
+    "Pairs of images that look the same, those of different patients first; `patients` is 'same' or 'different'"
+    known = cohort.set_index('image_id')
+    pairs = near_duplicates(measures.hash[measures.index.isin(known.index)].dropna()).reset_index(drop=True)
+    sides = {end: known.loc[pairs[f'image_id_{end}']] for end in 'ab'}
+    same = sides['a'].patient_id.to_numpy() == sides['b'].patient_id.to_numpy()
+    pairs['patients'] = ['same' if s else 'different' for s in same]
+    if 'split' in known: pairs = pairs.assign(**{f'split_{end}': t.split.to_numpy() for end, t in sides.items()})
+    return pairs.sort_values(['patients', 'distance'], kind='stable', ignore_index=True)
+
+# %% ../nbs/220_preparation.ipynb #3c273f6a
+def save_duplicates(
+    folder,                             # Written by `save_prepared`
+    pairs:pd.DataFrame,                 # From `duplicate_pairs`
+    cohort:pd.DataFrame,                # Usable images
+    identities:pd.DataFrame|None=None,  # Who they are, of a user's own images
+)->Path:                                # near_duplicates.csv, readable by its owner only
+    "List the pairs in the data folder, with the ids and paths that the user knows"
+    own = cohort if identities is None else reveal(cohort, identities)
+    known = own.set_index(cohort.image_id.to_numpy())
+    for end in 'ab':
+        rows = known.loc[pairs[f'image_id_{end}']]
+        told = {f'{c}_{end}': rows[c].to_numpy() for c in ('image_id', 'patient_id', 'path')}
+        pairs = pairs.assign(**told)
+    write_csv(Path(folder)/'near_duplicates.csv', pairs, private=True)
+    return Path(folder)/'near_duplicates.csv'
+
+# %% ../nbs/220_preparation.ipynb #f5e60c60
+def duplicate_figure(
+    pairs:pd.DataFrame,         # From `duplicate_pairs`, one or more
+    cohort:pd.DataFrame,        # Usable images
+    cache:Cache,                # Their pixels
+    allow_burned_in:bool=False, # Whether images with burned-in text may be shown
+    most:int=6,                 # Pairs
+):                              # Matplotlib figure, or None if no pair may be shown
+    "Pairs of near-duplicates side by side, without names"
+    import matplotlib.pyplot as plt
+    shown = set(showable(cohort, cache.measures, allow_burned_in).image_id)
+    some = pairs[pairs.image_id_a.isin(shown) & pairs.image_id_b.isin(shown)].head(most)
+    if not len(some): return None
+    fig, axes = plt.subplots(2, len(some), figsize=(1.3*len(some) + .4, 3), squeeze=False, layout='constrained')
+    for pair, column in zip(some.itertuples(), axes.T):
+        for ax, image in zip(column, (pair.image_id_a, pair.image_id_b)):
+            ax.imshow(cache.images[cache.rows([image])[0]])
+            ax.axis('off')
+        column[0].set_title(f'{pair.patients} patient' + 's'*(pair.patients == 'different'), fontsize=8)
+    return fig
 
 # %% ../nbs/220_preparation.ipynb #6c10acfe
 def training_data(

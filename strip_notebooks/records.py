@@ -23,6 +23,7 @@ class Prepared:
     centers:int                 # Centers, unknown ones not counted
     classes:list[str]           # Class names, sorted
     quarantined:int = 0         # Images that were excluded
+    positive:str = ''           # The positive class; empty without labels
     best_auc:float|None = None  # The best patient AUC that a synthetic cohort allows, 0 to 1
 
 # %% ../nbs/890_records.ipynb #596f2bad

@@ -114,6 +114,7 @@ class PrepareSettings(PixelSettings):
     test_ratio:float = Field(.3, gt=0, lt=1, description='Share of patients that are looked at once, at the end')
     train_centers:list[str] = Field([], description='Train on these centers only; goes with test_centers')
     test_centers:list[str] = Field([], description='Test on these centers only; goes with train_centers')
+    positive:str = Field('', description='The positive class; empty takes LAA, or else the last in alphabetical order')
     seed:int = Field(0, ge=0, lt=2**32, description='Seed of every generator')
     _split = model_validator(mode='after')(check_split)
     _images = model_validator(mode='after')(check_images)

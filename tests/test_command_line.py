@@ -86,8 +86,9 @@ def test_runs_command_lists_and_compares(demo):
     folder, _ = demo
     listed = clot('runs', cwd=folder).stdout
     train = newest(folder/'runs', 'train').name
-    assert re.search(rf'^{train} +finished +validation AUC [01]\.\d\d$', listed, flags=re.MULTILINE)
-    assert re.search(r'-evaluate-\w+ +finished +test AUC [01]\.\d\d \(95 % CI', listed)
+    assert re.match(r'run +state +data +model +epochs +seed +minutes +result$', listed.splitlines()[0])
+    assert re.search(rf'^{train} +finished +easy, 60 patients +simple_cnn +2 +0 +\d+\.\d +validation AUC [01]\.\d\d$', listed, flags=re.MULTILINE)
+    assert re.search(r'-evaluate-\w+ +finished +easy, 60 patients +simple_cnn +2 +0 +\d+\.\d +test AUC [01]\.\d\d \(95 % CI', listed)
     said = clot('runs', train, train, cwd=folder)
     assert said.returncode == 2 and 'named twice' in said.stderr
 
@@ -98,6 +99,8 @@ def test_a_reader_that_has_enough_is_no_error(demo):
 @pytest.mark.parametrize('words, needed', [
     ([], 'COMMAND'),
     (['--help'], 'demo'),
+    (['--version'], 'clot 0.'),
+    (['predict', '--help'], 'RUN_OR_BUNDLE'),
     (['demo', '--help'], 'FOLDER_OR_CSV'),
     (['runs', '--help'], 'compare'),
     (['run', '--help'], 'NAME=VALUE'),
@@ -113,7 +116,7 @@ def test_help_helps(words, needed, capsys):
 
 def test_help_does_not_import_torch():
     code = "import atexit, sys; from strip_notebooks.cli import main; atexit.register(lambda: print(sorted({'torch', 'scipy', 'matplotlib'} & set(sys.modules)))); main(sys.argv[1:])"
-    for words in (['--help'], ['demo', '--help'], ['run', '--help']):
+    for words in (['--help'], ['demo', '--help'], ['run', '--help'], ['run', 'train', '--help'], ['predict', '--help']):
         done = subprocess.run([sys.executable, '-c', code, *words], capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.splitlines()[-1] == '[]'
 
@@ -185,6 +188,7 @@ WRONG = {
     'demo --runs list.yaml': 'list.yaml is not a folder of runs',
     'runs a b a': 'named twice',
     'runs a b': 'not a run',
+    'predict nothing a.png': 'neither the folder of a bundle nor a run',
     'demo --data nowhere': "'nowhere' does not exist",
     'demo -f nul.yaml': 'does not exist',
     'demo -f folders.yaml': 'is not a str',
@@ -199,7 +203,7 @@ WRONG = {
     'demo -p train.lr=nan': 'lr=nan',
     'demo -p evaluate.resample=100': "did you mean 'resamples'?",
     'demo -p report.x=1': "no parameter 'x'"}
-EMPTY = [(['run', ''], 'no experiment'), (['run', '--resume', ''], 'is empty'), (['run', '--resume', ' '], 'is empty'), (['run', '--repeat', ''], 'is empty'),
+EMPTY = [(['run', ''], 'no experiment'), (['predict', '', 'a.png'], 'No model is named'), (['run', '--resume', ''], 'is empty'), (['run', '--resume', ' '], 'is empty'), (['run', '--repeat', ''], 'is empty'),
          (['runs', '', ''], 'give two names'), (['demo', '--data', ''], "'' does not exist"), (['run', 'train', '-p', ''], 'name=value'), (['run', 'train', '-f', ''], "'' is not a file")]
 
 @pytest.fixture

@@ -358,3 +358,13 @@ def test_the_data_modules_import_nothing_heavy():
     code = ("import sys; import strip_notebooks.data.cache, strip_notebooks.data.augment, strip_notebooks.data.loading;"
             "print([m for m in ('torch', 'torchvision', 'albumentations', 'sklearn', 'matplotlib') if m in sys.modules])")
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=dict(os.environ)).stdout.strip() == '[]'
+
+def test_progress_ends_with_all_of_them(tmp_path, monkeypatch, capsys):
+    "Reading and preprocessing count the last file, too"
+    monkeypatch.setenv('STRIP_PROGRESS', 'lines')
+    cohort = draw(tmp_path/'few', 3)
+    measure_images(cohort)
+    build_cache(cohort, SETTINGS, tmp_path/'cache')
+    said = capsys.readouterr().out.splitlines()
+    for what in ('reading images', 'fingerprinting files', 'preprocessing'):
+        assert [line for line in said if line.startswith(what)][-1].startswith(f'{what}: 3 of 3'), said

@@ -144,7 +144,7 @@ def _fill(build, cohort, preprocessing, workers):
     with open(os.open(build.lines, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), 'ab') as lines:
         whole = build.lines.read_bytes().rfind(b'\n') + 1
         lines.truncate(whole)                                               # a cut line of a process that was killed
-        for row,result in zip(left, results): _write_row(build, (images, lines), row, result)
+        for result,row in zip(results, left): _write_row(build, (images, lines), row, result)
     images.flush()
 
 # %% ../../nbs/175_data.cache.ipynb #f5c4e0ec

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['columns_needed', 'columns_optional', 'split_names', 'largest_csv', 'CohortError', 'CohortWarning',
            'attribute_columns', 'cohort_readings', 'patient_table', 'check_split_names', 'sorted_centers',
-           'centers_look_like_patients', 'check_cohort', 'cohort_from_frame', 'cohort_from_csv', 'cohort_from_folder',
-           'save_cohort', 'load_cohort', 'read_cohort', 'load_salt', 'identity_table', 'hide', 'reveal']
+           'centers_look_like_patients', 'check_cohort', 'cohort_from_frame', 'files_below', 'cohort_from_csv',
+           'cohort_from_folder', 'save_cohort', 'load_cohort', 'read_cohort', 'load_salt', 'identity_table', 'hide',
+           'reveal']
 
 # %% ../../nbs/140_data.cohort.ipynb #0de7ee15
 import csv, io, os, secrets, unicodedata, warnings
@@ -312,7 +313,11 @@ def _read_csv(path):
     return pd.DataFrame(cells, columns=names, dtype=object)
 
 # %% ../../nbs/140_data.cohort.ipynb #0066934e
-def _files(folder, top=None, above=()):
+def files_below(
+    folder,     # A folder
+    top=None,   # The folder that messages name; None takes `folder`
+    above=(),   # Real paths of the folders that led here
+):              # Paths, sorted within each folder
     "All files and broken links below a folder, none hidden; linked folders are entered unless they lead back up"
     top = top or folder
     here = os.path.realpath(folder)
@@ -323,7 +328,7 @@ def _files(folder, top=None, above=()):
                           f'find it with `find {top} -type d ! -readable`, '
                           'then ask for the right to read it, or move it out of the data.') from None
     for path in (Path(folder)/n for n in names if not n.startswith('.')):
-        if os.path.isdir(path): yield from _files(path, top, (*above, here))
+        if os.path.isdir(path): yield from files_below(path, top, (*above, here))
         else: yield path
 
 # %% ../../nbs/140_data.cohort.ipynb #c163d514
@@ -339,7 +344,7 @@ def _composed(name):
 def _files_by_name(folder):
     "Every name that a file of a folder may be called by -> its paths"
     files = {}
-    for f in _files(folder):
+    for f in files_below(folder):
         inside = f.relative_to(folder).as_posix()
         names = {_composed(n) for n in (f.name, _stem(f.name), inside, _stem(inside))}
         for name in names: files.setdefault(name, []).append(f)
@@ -398,7 +403,7 @@ def cohort_from_csv(
 # %% ../../nbs/140_data.cohort.ipynb #f05b8255
 def _images_in(folder):
     "The images in folders LABEL/patient/image, sorted; a `CohortError` that names no file, as names may be patients'"
-    found = list(_files(folder))
+    found = list(files_below(folder))
     deep = {f: len(f.relative_to(folder).parts) >= 3 for f in found}
     broken = [f for f in found if not deep[f] and not f.suffix and not f.exists()]
     if broken:

@@ -90,8 +90,8 @@ def measure_images(
     items = list(zip(cohort.path, cohort_readings(cohort, reading)))
     states = [_file_state(*i) or i for i in items]
     unknown = {s: i for s,i in zip(states, items) if s not in _measured}
-    for state,found in zip(unknown, decode(_measure, unknown.values(), 'reading images', workers, lambda i: i[0])):
-        _measured[state] = measured(found, found.value)
+    results = decode(_measure, unknown.values(), 'reading images', workers, lambda i: i[0])
+    for found,state in zip(results, unknown): _measured[state] = measured(found, found.value)
     rows = [_measured[s] for s in states]
     for state in set(states) & set(items): del _measured[state]          # a file that was missing is asked for again
     return measures_table(rows, cohort.image_id)

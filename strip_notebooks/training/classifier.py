@@ -28,7 +28,7 @@ from ..data.cohort import CohortWarning, check_cohort
 from ..data.loading import CohortImages, make_loader
 from ..models import create_model, model_summary, training_mode, unfreeze
 from ..operating import choose_threshold
-from ..predictions import aggregate_patients, make_predictions, significant
+from ..predictions import aggregate_patients, chosen_positive, make_predictions, significant
 from ..statistics import auc, weighted_log_loss
 from .config import TrainConfig, TrainerConfig, make_config
 from .losses import TrainingError, make_loss, taught_prior
@@ -85,7 +85,7 @@ class ImageClassifier(Task):
         self.cohort,self.cache,self.preprocessing,self.config = _checked(cohort),cache,preprocessing,config
         check_cache(cache, preprocessing)
         self.classes = cohort_classes(self.cohort)
-        self.positive = config.positive or self.classes[-1]
+        self.positive = config.positive or chosen_positive(self.classes)
         if self.positive not in self.classes:
             raise TrainingError(f'The positive class {self.positive!r} is none of the classes {listing(self.classes)}.')
         self.rows = {s: self.cohort[self.cohort.split == s] for s in ('train', 'val')}

@@ -117,7 +117,8 @@ class ThresholdConfig(TrainerConfig):
     target:float = Field(
         .9, gt=0, le=1, description='For the rule sensitivity: the sensitivity to reach, above 0 to 1')
     how:Literal['mean', 'vote', 'max'] = Field('mean', description='Images to patient: mean, vote or max')
-    positive:str = Field('', description='The positive class; empty takes the last in sorted order')
+    positive:str = Field(
+        '', description='The positive class; empty takes LAA, or else the last in alphabetical order')
 
 # %% ../../nbs/405_training.config.ipynb #139c21ba
 class TrainConfig(ThresholdConfig):
