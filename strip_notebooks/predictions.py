@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PredictionsError', 'classes_of', 'chosen_positive', 'positive_class', 'blank_cells', 'check_predictions',
-           'make_predictions', 'save_predictions', 'load_predictions', 'significant', 'aggregate_patients',
-           'class_arrays', 'patient_arrays']
+           'make_predictions', 'save_predictions', 'load_predictions', 'import_predictions', 'significant',
+           'aggregate_patients', 'class_arrays', 'patient_arrays']
 
 # %% ../nbs/020_predictions.ipynb #6e21c9c2
 from io import StringIO
@@ -177,6 +177,51 @@ def load_predictions(
             whole = not c.startswith('p_') and np.isfinite(values).all()
             table[c] = values.astype(int) if whole else values
         return check_predictions(table)
+    except PredictionsError as e: raise PredictionsError(f'{path} cannot be read as predictions: {e}') from None
+
+# %% ../nbs/020_predictions.ipynb #bbfc9fca
+def _class_columns(table):
+    "Class -> its probability column"
+    labels = set(table.label.str.strip()) - {''}
+    named = {c[2:]: c for c in table if c.startswith('p_')}
+    return {**{c: c for c in table if c in labels}, **named}
+
+# %% ../nbs/020_predictions.ipynb #b1ea9d28
+def _complete(p, labels):
+    "Probabilities of all classes, each row summing to 1; `p` has a column for each class that is there"
+    missing = [c for c in labels if c not in p]
+    if len(p.columns) == 1 and len(missing) == 1: p = p.assign(**{missing[0]: 1 - p.iloc[:, 0]})
+    elif missing or len(p.columns) < 2:
+        raise PredictionsError(f'the labels are {listing(labels)}, and the classes with a probability column are '
+                               f'{listing(p.columns) or "none"}. Each class needs a column such as '
+                               f'p_{labels[-1]}; of two classes, one is enough.')
+    total = p.sum(axis=1).to_numpy()
+    bad = ~(((p >= 0) & (p <= 1)).all(axis=1).to_numpy() & (abs(total - 1) <= .01))
+    if bad.any():
+        raise PredictionsError(f'{plural(bad.sum(), "row")} without probabilities from 0 to 1 that sum to 1, the first '
+                               f'in line {bad.argmax() + 2}. Are they logits?')
+    return p.div(total, axis=0)
+
+# %% ../nbs/020_predictions.ipynb #2647e42b
+def import_predictions(
+    path,                       # CSV file: patient_id, label, and a probability column for each class or one of two
+    columns:dict|None=None,     # Our name of a column -> its name in the file
+)->pd.DataFrame:                # Predictions per image; of a file with splits, those of the split `test`
+    "Someone else's predictions; a `PredictionsError` that names the file, the line or the column if they are not valid"
+    try:
+        table = _read_text_table(path).rename(columns={theirs: ours for ours,theirs in (columns or {}).items()})
+        for c in ('patient_id', 'label'):
+            if c not in table:
+                raise PredictionsError(f'there is no column {c}; the columns are {listing(table.columns)}. '
+                                       f'If it has another name, add --columns {c}=NAME.')
+        found = _class_columns(table)
+        p = pd.DataFrame({name: _numbers(table[c], c) for name,c in found.items()})
+        p = _complete(p, sorted(set(table.label.str.strip()) - {''}))
+        kept = table[[c for c in ('image_id', 'patient_id', 'label', 'center_id', 'split') if c in table]]
+        if 'image_id' not in kept: kept = kept.assign(image_id=[f'row {i + 1}' for i in range(len(kept))])
+        kept = kept.assign(label=kept.label.str.strip(), **{f'p_{c}': p[c] for c in sorted(p)})
+        if 'split' in kept and (kept.split == 'test').any(): kept = kept[kept.split == 'test'].reset_index(drop=True)
+        return check_predictions(kept, labeled=True)
     except PredictionsError as e: raise PredictionsError(f'{path} cannot be read as predictions: {e}') from None
 
 # %% ../nbs/020_predictions.ipynb #84feb2ee

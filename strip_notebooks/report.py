@@ -6,8 +6,8 @@
 __all__ = ['result_figures', 'how_words', 'baseline_caption', 'page_html', 'interval_text', 'p_text', 'shown_table',
            'shown_figure', 'verdict_words', 'result_sentences', 'metric_titles', 'chance_levels', 'score_table',
            'summary_text', 'wide_table', 'shown_findings', 'cohort_section', 'audit_section', 'training_section',
-           'baseline_rows', 'baselines_of', 'result_section', 'limit_sentences', 'without_folders', 'origin_section',
-           'report_html', 'write_report']
+           'baseline_rows', 'optional_table', 'result_section', 'limit_sentences', 'without_folders', 'origin_section',
+           'report_html', 'table_report_html', 'write_report']
 
 # %% ../nbs/950_report.ipynb #68631ace
 import base64
@@ -46,13 +46,9 @@ def interval_text(
     value:float,    # The estimate
     low:float,      # Lower bound of its 95 % confidence interval
     high:float,     # Upper bound
-    note:str='',    # Why there is no estimate
 )->str:             # Such as '0.71 (0.62–0.79)'
     "A number with its interval as a table prints it"
-    note = '' if pd.isna(note) else note
-    if np.isnan(value): return f'– ({note})' if note else '–'
-    if np.isnan(low) and note: return f'{value:.2f} ({note})'
-    return estimate_text(Estimate(value, low, high)).replace('95 % CI ', '') + (f' ({note})' if note else '')
+    return '–' if np.isnan(value) else estimate_text(Estimate(value, low, high)).replace('95 % CI ', '')
 
 def p_text(
     p:float,    # 0 to 1
@@ -167,16 +163,19 @@ def score_table(
     scores:pd.DataFrame,        # level, metric, value, low, high, note
     evaluated:Evaluated,        # The record of a run of evaluate
     best_auc:float|None=None,   # The best patient AUC that a synthetic cohort allows, if known
-)->pd.DataFrame:                # metric, per patient, per image, chance and, with a bound, upper bound: all as text
+)->pd.DataFrame:                # metric, per patient, per image, chance, and where known, upper bound and note: text
     "The metrics as a reader wants them: named, rounded, with intervals, beside chance"
     titles, chance = metric_titles(evaluated), chance_levels(evaluated)
     columns = {'metric': list(titles.values())}
     for level in ('patient', 'image'):
         rows = scores[scores.level == level].set_index('metric')
-        estimates = rows[['value', 'low', 'high', 'note']].reindex(list(titles))
-        if len(rows): columns[f'per {level} (95 % CI)'] = [interval_text(*r) for r in estimates.itertuples(index=False)]
+        estimates = rows[['value', 'low', 'high']].reindex(list(titles))
+        texts = [interval_text(*r) for r in estimates.itertuples(index=False)]
+        if len(rows): columns[f'per {level} (95 % CI)'] = texts
     columns['chance'] = [f'{chance[n]:.2f}' if n in chance else '' for n in titles]
     if best_auc is not None: columns['upper bound'] = [f'{best_auc:.2f}' if n == 'roc_auc' else '' for n in titles]
+    notes = scores[scores.level == 'patient'].set_index('metric').note.reindex(list(titles))
+    if notes.notna().any(): columns['note'] = ['' if pd.isna(n) else n for n in notes]
     return pd.DataFrame(columns)
 
 # %% ../nbs/950_report.ipynb #2eac28f3
@@ -283,7 +282,8 @@ how_words = dict(mean='the mean', vote='the share of votes', max='the maximum')
 def _method(evaluated):
     "How a patient is classified, and where the intervals come from"
     rule = f'{evaluated.positive} if p ≥ {evaluated.threshold:.3f}'
-    rule += f', an operating point chosen on the validation set ({evaluated.rule})'
+    if evaluated.rule == 'set by hand': rule += ', a threshold that was set by hand'
+    else: rule += f', an operating point chosen on the validation set ({evaluated.rule})'
     return [f'The positive class is {evaluated.positive}. The predicted probability of a patient is '
             f'{how_words[evaluated.how]} over the images of the patient. '
             f'A patient is classified as {rule} and applied to the test set unchanged.',
@@ -314,11 +314,13 @@ def baseline_rows(
         rows.append(dict(row, **{'by AUC': '' if name == 'model' else auc.verdict}))
     return pd.DataFrame(rows)
 
-def baselines_of(
-    evaluated:Run,  # A run of evaluate
-):                  # A table as from `baseline_table`, or None
-    "The table of the baselines of a run, if it has one"
-    try: return evaluated.table('baselines')
+def optional_table(
+    evaluated:Run,  # A run of evaluate or evaluate_table
+    name:str,       # 'baselines', which need images, or 'centers', which must be known
+    text=(),        # Columns that are text
+):                  # The table, or None
+    "A table of a run, if it has one"
+    try: return evaluated.table(name, text=text)
     except RunError: return None
 
 # %% ../nbs/950_report.ipynb #29996aad
@@ -335,16 +337,18 @@ def result_section(
     titles = dict(metric_titles(m), sensitivity='sensitivity', precision='precision', specificity='specificity')
     scores = score_table(evaluated.table('scores'), m, best_auc)
     classes = wide_table(evaluated.table('classes', text=['class']), titles)
-    centers = wide_table(evaluated.table('centers', text=['center']), titles)
+    centers = optional_table(evaluated, 'centers', ['center'])
+    by_center = 'A center with fewer than 5 patients of a class has no estimate'
+    if centers is not None: centers = shown_table(wide_table(centers, titles), by_center, keep=list(titles.values()))
     caption = 'Each class against the others'
     if len(m.classes) > 2: caption += '; the predicted class is the most probable one'
-    baselines = baselines_of(evaluated)
+    baselines = optional_table(evaluated, 'baselines')
     beside = None
     if baselines is not None: beside = shown_table(baseline_rows(baselines), baseline_caption, keep=['ROC AUC'])
-    return dict(baselines=beside, paragraphs=_method(m), scores=shown_table(scores, 'Test set', keep=list(scores)[1:]),
+    with_interval = [c for c in scores if 'CI' in c]
+    return dict(baselines=beside, paragraphs=_method(m), scores=shown_table(scores, 'Test set', keep=with_interval),
                 classes=shown_table(classes, caption, keep=list(titles.values())),
-                centers=shown_table(centers, 'A center with fewer than 5 patients of a class has no estimate',
-                                    keep=list(titles.values())),
+                centers=centers,
                 figures=[shown_figure(evaluated, n, c.format(m.positive)) for n, c in result_figures.items()])
 
 # %% ../nbs/950_report.ipynb #01761765
@@ -434,19 +438,40 @@ def report_html(
         lead=f'{trained.record(Trained).arch} on {about.source}. Made {evaluated.status.started[:10]}, for research.',
         warnings=warnings, warnings_lead=f'{plural(len(warnings), "finding")} of checks and audit must be read '
                                          'before the result is believed:',
-        sentences=result_sentences(m, about.best_auc, centers, baselines_of(evaluated)),
+        sentences=result_sentences(m, about.best_auc, centers, optional_table(evaluated, 'baselines')),
         result=result_section(evaluated, about.best_auc),
         cohort=cohort_section(prepared), audit=audit_section(prepared), training=training_section(trained, derived),
         pictures=_pictures(prepared, evaluated, m.positive), limits=limit_sentences(prepared),
         origin=origin_section(runs))
 
 # %% ../nbs/950_report.ipynb #f1fff15d
+_not_ours = ['The predictions come from a table. How the model was trained, on whom, and whether training and test '
+             'patients were kept apart is not known here; no audit looked for leaks or shortcuts.',
+             'The table has no images, so there are no baselines to compare with.',
+             'The share of each class is that of this table. Where it differs, predictive values, accuracy and '
+             'calibration differ too.',
+             'Whether anyone would be treated better because of the model was not studied.']
+
+def table_report_html(
+    evaluated:Run,  # A run of evaluate_table
+)->str:             # One HTML page
+    "The report of predictions from elsewhere"
+    m, centers = evaluated.record(Evaluated), optional_table(evaluated, 'centers', ['center'])
+    return page_html(
+        title=f'{listing(m.classes).replace(" and ", " or ")}: a patient-level report', positive=m.positive,
+        lead=f'Predictions from a table. Made {evaluated.status.started[:10]}, for research.',
+        warnings=[], warnings_lead='', sentences=result_sentences(m, None, centers),
+        result=result_section(evaluated, None), cohort=None, audit=None, training=None, pictures=[], limits=_not_ours,
+        origin=origin_section([evaluated]))
+
+# %% ../nbs/950_report.ipynb #f58d2e2a
 def write_report(
     run:Run,        # A run of report, in which the page is written
-    evaluated:Run,  # A run of evaluate; it links to the runs before it
+    evaluated:Run,  # A run of evaluate, which links to the runs before it, or of evaluate_table
 )->Path:            # The HTML file
     "Write the report of an evaluation. `StripError` if `evaluated` is another kind of run"
-    if evaluated.step != 'evaluate':
+    pages = dict(evaluate=report_html, evaluate_table=table_report_html)
+    if evaluated.step not in pages:
         raise StripError(f'{evaluated.name} is a run of {evaluated.step!r}; a report needs a run of evaluate.')
-    write_text(run.report, report_html(evaluated))
+    write_text(run.report, pages[evaluated.step](evaluated))
     return run.report

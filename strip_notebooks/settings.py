@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['step_settings', 'check_pairs', 'check_window_pair', 'check_split', 'check_images', 'CohortSettings',
-           'ReadingSettings', 'PixelSettings', 'PrepareSettings', 'TrainSettings', 'EvaluateSettings', 'DeriveSettings',
-           'ReportSettings', 'BenchmarkSettings', 'setting_parameters', 'setting_range']
+           'ReadingSettings', 'PixelSettings', 'PrepareSettings', 'TrainSettings', 'EvaluateSettings', 'check_table',
+           'EvaluateTableSettings', 'DeriveSettings', 'ReportSettings', 'BenchmarkSettings', 'setting_parameters',
+           'setting_range']
 
 # %% ../nbs/895_settings.ipynb #9e349596
 from typing import Literal, get_args, get_origin
@@ -133,6 +134,32 @@ class EvaluateSettings(Settings):
     stratified:bool = Field(
         False, description='Resample within each class, for a study with fixed class counts such as case-control')
 
+# %% ../nbs/895_settings.ipynb #91a826c8
+def check_table(
+    settings,   # Of evaluate_table
+):              # The same; a `StripError` if the table cannot be read or has no such class
+    "`settings`, unless its table is missing or wrong"
+    from strip_notebooks.predictions import chosen_positive, classes_of, import_predictions
+    table = import_predictions(settings.table, dict(c.split('=', 1) for c in settings.columns))
+    chosen_positive(classes_of(table), settings.positive)
+    return settings
+
+class EvaluateTableSettings(Settings):
+    "How someone else's predictions are evaluated"
+    table:str = Field(
+        '', description='A CSV with patient_id, label, and a probability column for each class or one of two')
+    columns:list[str] = Field([], description='For other column names: pairs such as patient_id=subject')
+    positive:str = Field('', description='The positive class; empty takes LAA, or else the last in alphabetical order')
+    threshold:float = Field(.5, ge=0, le=1, description='Classified as positive at or above this probability')
+    train_prior:float = Field(0., ge=0, lt=1, description='Share of the positive class in training; 0 if not known')
+    how:Literal['mean', 'vote', 'max'] = Field('mean', description='Several rows of a patient: mean, vote or max')
+    resamples:int = Field(2000, ge=100, le=100_000, description='Bootstrap resamples of patients')
+    seed:int = Field(0, ge=0, lt=2**32, description='Seed of the resamples')
+    stratified:bool = Field(
+        False, description='Resample within each class, for a study with fixed class counts such as case-control')
+    _pairs = field_validator('columns')(check_pairs)
+    _table = model_validator(mode='after')(check_table)
+
 # %% ../nbs/895_settings.ipynb #b16498c6
 class DeriveSettings(Settings):
     "What is changed in a trained model"
@@ -160,7 +187,7 @@ class BenchmarkSettings(Settings):
 
 # %% ../nbs/895_settings.ipynb #32a67f12
 step_settings = dict(prepare=PrepareSettings, train=TrainSettings, derive=DeriveSettings, evaluate=EvaluateSettings,
-                     report=ReportSettings, benchmark=BenchmarkSettings)
+                     evaluate_table=EvaluateTableSettings, report=ReportSettings, benchmark=BenchmarkSettings)
 
 # %% ../nbs/895_settings.ipynb #b9e83ad5
 def setting_parameters(

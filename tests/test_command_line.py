@@ -87,8 +87,8 @@ def test_runs_command_lists_and_compares(demo):
     listed = clot('runs', cwd=folder).stdout
     train = newest(folder/'runs', 'train').name
     assert re.match(r'run +state +data +model +epochs +seed +minutes +result$', listed.splitlines()[0])
-    assert re.search(rf'^{train} +finished +easy, 60 patients +simple_cnn +2 +0 +\d+\.\d +validation AUC [01]\.\d\d$', listed, flags=re.MULTILINE)
-    assert re.search(r'-evaluate-\w+ +finished +easy, 60 patients +simple_cnn +2 +0 +\d+\.\d +test AUC [01]\.\d\d \(95 % CI', listed)
+    assert re.search(rf'^{train} +finished +structure, 60 patients +simple_cnn +2 +0 +\d+\.\d +validation AUC [01]\.\d\d$', listed, flags=re.MULTILINE)
+    assert re.search(r'-evaluate-\w+ +finished +structure, 60 patients +simple_cnn +2 +0 +\d+\.\d +test AUC [01]\.\d\d \(95 % CI', listed)
     said = clot('runs', train, train, cwd=folder)
     assert said.returncode == 2 and 'named twice' in said.stderr
 
@@ -291,13 +291,32 @@ def test_a_derived_model_is_evaluated_with_its_temperature(demo):
     kept = 'rule', 'how', 'target'
     assert [bundle.spec[k] for k in kept] == [parent.spec[k] for k in kept]
     refused = clot('runs', str(trained.path), derived.name, *elsewhere, cwd=folder)
-    assert refused.returncode == 2 and 'The positive class of the first model is LAA, of the second CE' in refused.stderr
+    assert refused.returncode == 2 and 'The positive class is LAA in one run and CE in another' in refused.stderr
     assert abs(derived.predictions.p_LAA - .5).max() < abs(trained.predictions.p_LAA - .5).max()
     done = clot('run', 'evaluate', *elsewhere, '-p', 'resamples=100', cwd=folder)
     assert done.returncode == 0 and 'the positive class is CE' in done.stdout, done.stderr
     evaluated = newest(folder/'derived', 'evaluate')
     assert list(evaluated.links) == ['derive'] and evaluated.origin('prepare').name == newest(folder/'runs', 'prepare').name
     assert {p.name: p.read_bytes() for p in trained.bundle.iterdir()} == files
+
+def test_someone_elses_predictions_are_evaluated_from_a_table_alone(tmp_path):
+    "Other column names, three digits, no images: the numbers are those of the table, and the report has no empty section"
+    from sklearn.metrics import roc_auc_score
+    rng = np.random.default_rng(0)
+    laa = rng.random(80) < .3
+    score = (1/(1 + np.exp(1 - rng.normal(laa)))).round(3)
+    pd.DataFrame(dict(subject=[f'Roe_{i:03}' for i in range(80)], label=np.where(laa, 'LAA', 'CE'), LAA=score)).to_csv(tmp_path/'theirs.csv', index=False)
+    refused = clot('evaluate', 'theirs.csv', cwd=tmp_path)
+    assert refused.returncode == 2 and 'add --columns patient_id=NAME' in refused.stderr and not list(tmp_path.glob('runs/*'))
+    done = clot('evaluate', 'theirs.csv', '--columns', 'patient_id=subject', '--threshold', '.3', '--prior', '.3', '-p', 'resamples=200', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.lstrip().startswith('Positive class LAA: classified as LAA if p ≥ 0.300.')
+    run = newest(tmp_path/'runs', 'evaluate_table')
+    table = run.table('scores').set_index('metric')
+    assert abs(table.value['roc_auc'] - roc_auc_score(laa, score)) < 1e-9 and table.value['sensitivity'] == (score[laa] >= .3).mean()
+    page = run.report.read_text()
+    assert 'no audit looked for leaks' in page and 'id="cohort"' not in page and 'Roe_' not in page
+    assert 'Roe_' not in done.stdout + (run.path/'log.txt').read_text() + (run.path/'notebook.ipynb').read_text()
 
 def test_models_are_compared_at_their_own_operating_points(demo):
     folder, _ = demo

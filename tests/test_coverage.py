@@ -37,7 +37,7 @@ def test_what_covers_too_seldom_carries_a_mark():
     assert len(narrow) and len(narrow) < len(single)/10
     for r in narrow.itertuples():
         same = single[(single.metric == r.metric) & (single.auc == r.auc) & ((single.n*single.prevalence).round() == round(r.n*r.prevalence))]
-        if len(same) == 1: assert f'covers {r.share:.0%} in simulation' in interval_note(r.metric, round(r.n*r.prevalence), r.auc)
+        if len(same) == 1: assert f'covers {r.share:.1%} in simulation' in interval_note(r.metric, round(r.n*r.prevalence), r.auc)
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], [27, 3])
     p = np.clip(.1 + .05*y + rng.normal(0, .05, 30), .01, .99)

@@ -80,7 +80,7 @@ def test_from_an_empty_folder(model, scans, tmp_path):
     done = subprocess.run([*clot, *map(str, words)], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'STRIP_PROGRESS': 'lines'})
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if not line.startswith('predicting')]
-    assert said[0] == 'Positive class CE: classified as CE if p_CE ≥ 0.300.' and 'predicting: 17 of 17' in done.stdout
+    assert said[0] == 'Positive class CE: classified as CE if p_CE ≥ 0.300.' and 'predicting: 18 of 18' in done.stdout
     assert 'given twice' in done.stdout and 'torn.png: ' in done.stdout
     assert sorted(os.listdir(tmp_path)) == ['answers-patients.csv', 'answers-unreadable.csv', 'answers.csv']
     table = load_predictions(tmp_path/'answers.csv')

@@ -137,4 +137,4 @@ def interval_note(
     fewest = known.smaller.min()
     known = known[known.smaller == known.smaller[known.smaller <= max(smaller, fewest)].max()]
     share = known.share.iloc[(known.auc - max(auc, 1 - auc)).abs().argmin()]
-    return f'interval too narrow: covers {share:.0%} in simulation' if share < .92 else ''
+    return f'interval too narrow: covers {share:.1%} in simulation' if share < .92 else ''
