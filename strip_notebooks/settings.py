@@ -140,6 +140,7 @@ def check_table(
 ):              # The same; a `StripError` if the table cannot be read or has no such class
     "`settings`, unless its table is missing or wrong"
     from strip_notebooks.predictions import chosen_positive, classes_of, import_predictions
+    if not settings.table: raise ValueError('table: name a CSV with patient_id, label, and a probability column.')
     table = import_predictions(settings.table, dict(c.split('=', 1) for c in settings.columns))
     chosen_positive(classes_of(table), settings.positive)
     return settings
