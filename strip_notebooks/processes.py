@@ -145,6 +145,33 @@ def _deaf():
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+# %% ../nbs/010_processes.ipynb #9e6733e1
+@contextmanager
+def _undisturbed():
+    "Signals wait until the end of the block, or of the decorated function"
+    due, handlers = [], {}
+    if threading.current_thread() is threading.main_thread():       # no other thread receives signals
+        named = [getattr(signal, n) for n in ('SIGHUP', 'SIGTERM', 'SIGINT') if hasattr(signal, n)]
+        handlers = {number: handler for number in named if callable(handler := signal.getsignal(number))}
+    for number in handlers: signal.signal(number, lambda *received: due.append(received))
+    try: yield
+    finally:
+        for number, handler in handlers.items(): signal.signal(number, handler)
+        if due: handlers[due[0][0]](*due[0])
+
+# %% ../nbs/010_processes.ipynb #fe02123b
+@_undisturbed()
+def _is_done(future): return future.done()
+
+@_undisturbed()
+def _is_broken(future):
+    "Whether a future ended because its crew did"
+    from concurrent.futures.process import BrokenProcessPool
+    return future.cancelled() or isinstance(future.exception(), BrokenProcessPool)
+
+@_undisturbed()
+def _result(future): return future.result()
+
 # %% ../nbs/010_processes.ipynb #db09424e
 def remove_worker_files()->list: # The names of the folders that were removed
     "Remove what processes that were killed with their workers left in the temporary folder"
@@ -175,6 +202,7 @@ class _Crew:
 
     def usable(self, size): return self.size >= size and self.pid == os.getpid() and self.pool.active
 
+    @_undisturbed()
     def submit(self, payload):
         "A future of the result"
         future = self.pool.schedule(_run_in_worker, args=(payload,))
@@ -183,6 +211,7 @@ class _Crew:
 
 # %% ../nbs/010_processes.ipynb #9af9e84b
 @patch
+@_undisturbed()
 def stop(self:_Crew):
     "End the workers, and the items that they were working on"
     from concurrent.futures.process import BrokenProcessPool
@@ -199,7 +228,9 @@ def stop(self:_Crew):
 def _wait(crew, futures):
     "Wait until one of the futures of a crew is done; a broken crew is stopped, so that all its futures are"
     from concurrent.futures import FIRST_COMPLETED, wait
-    while not wait(futures, timeout=1, return_when=FIRST_COMPLETED).done:
+    @_undisturbed()
+    def any_is_done(): return wait(futures, timeout=.1, return_when=FIRST_COMPLETED).done
+    while not any_is_done():
         if not crew.pool.active: crew.stop()
 
 # %% ../nbs/010_processes.ipynb #70f6cb2c
@@ -217,7 +248,7 @@ def _start(size):
             crew = _Crew(size)
             first = crew.submit(pickle.dumps((abs, 0)))
         _wait(crew, [first])
-        first.result()
+        _result(first)
         return crew
     except BaseException:
         if crew: crew.stop()
@@ -301,7 +332,7 @@ class _Queue:
             self.crew = _workers(self.workers, replace=self.crew)
             task.future = self.crew.submit(task.payload)
 
-    def running(self): return [t.future for t in self.tasks if not t.future.done()]
+    def running(self): return [t.future for t in self.tasks if not _is_done(t.future)]
 
 # %% ../nbs/010_processes.ipynb #f56cd4ed
 @patch
@@ -315,22 +346,26 @@ def fill(self:_Queue):
         self.tasks.append(task)
 
 # %% ../nbs/010_processes.ipynb #737e5b10
-def _is_broken(future):
-    "Whether a future ended because its crew did"
-    from concurrent.futures.process import BrokenProcessPool
-    return future.cancelled() or isinstance(future.exception(), BrokenProcessPool)
-
-# %% ../nbs/010_processes.ipynb #21c8bb0f
 @patch
 def submit_again(self:_Queue):
     "Submit the tasks again whose crew was stopped"
     for task in self.tasks:
-        if not task.future.done() or not _is_broken(task.future): continue
+        if not _is_done(task.future) or not _is_broken(task.future): continue
         task.stopped += 1
         if task.stopped > 3:
             raise WorkerError('The worker processes ended again and again: '
                               'this machine is short of memory, processes or file handles.')
         self.submit(task)
+
+# %% ../nbs/010_processes.ipynb #6abab634
+@patch
+def settle(self:_Queue,
+    task,   # One of its tasks
+):
+    "Wait for a task; it is submitted again whenever its crew was stopped"
+    while not _is_done(task.future) or _is_broken(task.future):
+        self.submit_again()
+        _wait(self.crew, [task.future])
 
 # %% ../nbs/010_processes.ipynb #8a8baf72
 @patch
@@ -341,14 +376,15 @@ def run_alone(self:_Queue,
     task.killed = True
     self.crew = _workers(self.workers, replace=self.crew)
     self.submit(task)
-    _wait(self.crew, [task.future])
+    self.settle(task)
     self.submit_again()
 
 # %% ../nbs/010_processes.ipynb #982ecebe
 def _outcome(queue, task):
-    "The result of a task that is done, or `Died`; a worker that was killed gets a second try"
+    "The result of a task, or `Died`; a worker that was killed gets a second try"
     from pebble import ProcessExpired
-    try: good, value = pickle.loads(task.future.result())
+    queue.settle(task)
+    try: good, value = pickle.loads(_result(task.future))
     except ProcessExpired as e:
         if e.exitcode == _killed and not task.killed:
             queue.run_alone(task)
@@ -373,13 +409,14 @@ def worker_results(
         queue.fill()
         while queue.tasks:
             queue.submit_again()
-            if queue.tasks[0].future.done():
+            if _is_done(queue.tasks[0].future):
                 yield _outcome(queue, queue.tasks[0])
                 queue.tasks.popleft()
             else: _wait(queue.crew, queue.running())
             queue.fill()
     finally:
-        for task in queue.tasks: task.future.cancel()
+        with _undisturbed():
+            for task in queue.tasks: task.future.cancel()
 
 # %% ../nbs/010_processes.ipynb #8eec5c6a
 _why_died = dict(memory='was killed, also with no other beside it: it needs more memory than there is',
