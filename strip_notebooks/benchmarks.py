@@ -326,6 +326,7 @@ def drawn_slide(
                      shape=(height, width, 3), dtype=np.uint8, tile=(128, 128), compression='jpeg',
                      photometric='ycbcr', subsampling=(2, 2), bigtiff=True)
 
+# %% ../nbs/910_benchmarks.ipynb #5e1a0003
 def compare_overviews(
     folder,         # An empty folder, for the slide
     repeats:int=3,  # Readings of each that count

@@ -71,7 +71,7 @@ class FileGuard:
         self.depth += 1
         if self.depth > 1: return
         self.before, self.began = _memory_now(), time.process_time()
-        self.pixels, self.work = 0, -1
+        self.pixels, self.work = 0, 0
         self.allow(0)
 
     def allow(self,
@@ -80,12 +80,9 @@ class FileGuard:
     ):
         "The header declares so many pixels"
         if not self.depth: return
-        if not streamed and (pixels > self.pixels or self.work < 0):
-            self.pixels = max(pixels, self.pixels)
-            _limit_memory(self.before, self.allowance.memory(self.pixels))
-        if pixels <= self.work: return
-        self.work = pixels
-        _limit_time(max(.001, self.allowance.time(pixels) - (time.process_time() - self.began)))
+        self.pixels, self.work = max(self.pixels, 0 if streamed else pixels), max(self.work, pixels)
+        _limit_memory(self.before, self.allowance.memory(self.pixels))
+        _limit_time(max(.001, self.allowance.time(self.work) - (time.process_time() - self.began)))
 
     def __exit__(self, *args):
         self.depth -= 1

@@ -142,10 +142,11 @@ def check_streamed(
         raise ImageError(name, 'corrupt', text)
     if _guard is not None: _guard.allow(pixels, streamed=True)
 
-# %% ../../nbs/100_data.images.ipynb #8303f676
+# %% ../../nbs/100_data.images.ipynb #5e1a0001
 tiff_marks = b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'       # The first four bytes
 slide_suffixes = '.mrxs', '.vms', '.vmu', '.svslide'        # What only OpenSlide reads
 
+# %% ../../nbs/100_data.images.ipynb #8303f676
 @dataclass(frozen=True)
 class Source:
     "A file or bytes, and the name that messages call it by"
@@ -156,10 +157,6 @@ class Source:
     def suffix(self):
         "The ending of its name, in lower case"
         return Path(self.name).suffix.lower()
-    @property
-    def streamed(self):
-        "Whether it is a file of a kind that is read piece by piece: a TIFF or a slide"
-        return self.path is not None and (self.suffix in slide_suffixes or self.read(4) in tiff_marks)
     @property
     def size(self):
         "Number of bytes"
@@ -192,6 +189,11 @@ def _check_path(name, path):
     if missing and not path.is_symlink(): raise ImageError(name, 'missing', 'there is no such file; check the path.')
     if not plain: raise ImageError(name, 'not_a_file', 'it is not a plain file (a folder, a broken link or a device).')
 
+# %% ../../nbs/100_data.images.ipynb #5e1a0002
+def _is_streamed(source):
+    "Whether it is a file of a kind that is read piece by piece: a TIFF or a slide"
+    return source.path is not None and (source.suffix in slide_suffixes or source.read(4) in tiff_marks)
+
 # %% ../../nbs/100_data.images.ipynb #244de038
 def open_source(
     source,                 # Path, bytes or binary stream, or a `Source`
@@ -205,7 +207,7 @@ def open_source(
         else: source = Source(name or str(source), path=Path(source))
     if source.path is not None: _check_path(source.name, source.path)
     if source.size == 0: raise ImageError(source.name, 'empty', 'it has no bytes; copy it again from its source.')
-    if source.size > limits.file_bytes and not source.streamed:
+    if source.size > limits.file_bytes and not _is_streamed(source):
         most = f'{limits.file_bytes/2**20:,.0f} MB'
         raise ImageError(source.name, 'too_large', f'{source.size/2**20:,.0f} MB are more than the {most} allowed; '
                                                    'raise Limits.file_bytes if you trust it.')

@@ -27,7 +27,7 @@ def needs_openslide(
         return bool(page.is_ndpi or page.is_scn or page.is_bif)
 
 # %% ../../nbs/125_data.slide.ipynb #c79101ed
-_bad_slide = ('OpenSlide cannot read it; copy it again from its source, with the folder or the files that belong to it, '
+_bad_slide = ('OpenSlide cannot read it; copy it again from its source, with the files that belong to it, '
               'or export it as a tiled TIFF.')
 
 @contextmanager
