@@ -382,16 +382,16 @@ def _outside(paths, folder):
 # %% ../../nbs/140_data.cohort.ipynb #34aa47aa
 def _missing(cohort, csv):
     "Sentences about the images of a table that are not there: classes and patients that are lost, then their number"
-    gone = np.array([not os.path.lexists(p) for p in cohort.path])
-    if not gone.any(): return
-    kept = cohort[~gone]
-    lost = cohort[gone & ~cohort.patient_id.isin(kept.patient_id).to_numpy()]
+    absent = np.array([not os.path.lexists(p) for p in cohort.path])
+    if not absent.any(): return
+    kept = cohort[~absent]
+    lost = cohort[absent & ~cohort.patient_id.isin(kept.patient_id).to_numpy()]
     labels = sorted(set(lost.label) - set(kept.label)) if 'label' in cohort else []
     if labels: yield f'No image of the class {listing(labels)} exists: it is lost.'
     if len(lost): yield f'{plural(lost.patient_id.nunique(), "patient")} without any image that exists.'
-    missing = 'does not exist' if gone.sum() == 1 else 'do not exist'
-    yield (f'{plural(gone.sum(), "image")} of {len(cohort)} in {csv.name} {missing}, the first is that of row '
-           f'{gone.argmax()}; copy what is missing, or correct image_id or path.')
+    missing = 'does not exist' if absent.sum() == 1 else 'do not exist'
+    yield (f'{plural(absent.sum(), "image")} of {len(cohort)} in {csv.name} {missing}, the first is that of row '
+           f'{absent.argmax()}; copy what is missing, or correct image_id or path.')
 
 # %% ../../nbs/140_data.cohort.ipynb #ba22b463
 def cohort_from_csv(
