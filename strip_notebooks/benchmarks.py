@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['seconds_in_turns', 'Comparison', 'benchmark_table', 'image_folder_loader', 'compare_loaders', 'count_decodes',
            'noise_batches', 'bare_epoch', 'noise_task', 'compare_epochs', 'timed_step', 'compare_steps',
-           'precision_sentence', 'scikit_learn_values', 'compare_bootstraps', 'compare_imports']
+           'precision_sentence', 'scikit_learn_values', 'compare_bootstraps', 'drawn_slide', 'compare_overviews',
+           'overview_memory', 'compare_imports']
 
 # %% ../nbs/910_benchmarks.ipynb #2ccb937b
 import subprocess, sys, time
@@ -306,6 +307,66 @@ def compare_bootstraps(
     return Comparison('bootstrap', f'bootstrap, all metrics, {n_resamples:,} resamples', 'a scikit-learn loop',
                       np.median(times[:, 1]/times[:, 0]), 100, True,
                       f'{a:.2f} and {b:.0f} s, the loop scaled from {of_loop} resamples')
+
+# %% ../nbs/910_benchmarks.ipynb #933b6075
+def drawn_slide(
+    path,       # TIFF file to write
+    height:int, # Pixels
+    width:int,  # Pixels
+)->None:
+    "A slide of one level in JPEG tiles of 128 pixels, as in the STRIP data, made of 64 different tiles"
+    import cv2, tifffile
+    from simplejpeg import encode_jpeg
+    noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3)).astype(np.uint8)
+    smooth = cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 6), None, 0, 255, cv2.NORM_MINMAX)
+    parts = smooth.reshape(8, 128, 8, 128, 3).swapaxes(1, 2).reshape(64, 128, 128, 3)
+    tiles = [encode_jpeg(np.ascontiguousarray(p), 80, 'RGB', '420') for p in parts]
+    across, down = -(-width//128), -(-height//128)
+    tifffile.imwrite(path, (tiles[(y % 8)*8 + x % 8] for y in range(down) for x in range(across)),
+                     shape=(height, width, 3), dtype=np.uint8, tile=(128, 128), compression='jpeg',
+                     photometric='ycbcr', subsampling=(2, 2), bigtiff=True)
+
+# %% ../nbs/910_benchmarks.ipynb #5e1a0003
+def compare_overviews(
+    folder,         # An empty folder, for the slide
+    repeats:int=3,  # Readings of each that count
+)->Comparison:
+    "The overview of 1,024 pixels of a slide of 16,384 x 8,192 against OpenSlide's thumbnail"
+    from openslide import OpenSlide
+    from strip_notebooks.data.images import Reading, open_source
+    from strip_notebooks.data.overview import tiff_overview
+    path = Path(folder)/'slide.tif'
+    drawn_slide(path, 8192, 16384)
+    def ours(): return tiff_overview(open_source(path), Reading(overview=724))
+    def theirs():
+        with OpenSlide(path) as slide: return slide.get_thumbnail((1024, 1024))
+    times = seconds_in_turns([ours, theirs], repeats)
+    a, b = np.median(times, 0)
+    return Comparison('overview', 'overview of a slide, 16,384 x 8,192 to 1,024 x 512', "OpenSlide's get_thumbnail",
+                      np.median(times[:, 1]/times[:, 0]), 5, True, f'{a:.2f} and {b:.2f} s')
+
+# %% ../nbs/910_benchmarks.ipynb #8313567e
+def _slide_peak(path):
+    "The most memory that this worker has had after it has read a slide, bytes"
+    import resource
+    from strip_notebooks.data.formats import read_image
+    read_image(path)
+    status = Path('/proc/self/status')                      # Linux: of this program alone, not of the one before it
+    if status.exists(): return int(status.read_text().split('VmHWM:')[1].split()[0])*1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def overview_memory(
+    folder,             # A folder, for the slide
+    side:int=30_000,    # Of the slide, pixels
+)->Comparison:
+    "The peak memory of a worker that reads a large slide, against 1 GiB"
+    from strip_notebooks.data.decoding import decode
+    path = Path(folder)/'large.tif'
+    drawn_slide(path, side, side)
+    (found,) = decode(_slide_peak, [path], workers=1)
+    if found.error: raise found.error
+    return Comparison('overview_memory', f'peak memory of a worker, slide of {side:,} x {side:,}', '1 GiB',
+                      found.value/2**30, 1, False, f'{found.value/2**20:.0f} MiB')
 
 # %% ../nbs/910_benchmarks.ipynb #daff39a9
 _light = ('data.formats', 'data.cohort', 'data.checks', 'data.synthetic', 'data.preprocess', 'data.augment',

@@ -262,6 +262,14 @@ define('CHK010', 'Brightness', Verdict.WARNING,
        none='The mean of an image is {least} to {most} of 255.',
        found='{n:#image} {n:is|are} nearly black or white; the mean of an image is {least} to {most} of 255.')
 
+# %% ../nbs/050_findings.ipynb #510ba4dc
+define('CHK016', 'Range of the numbers', Verdict.WARNING,
+       'Pictures of 16 bits use their whole range. Cameras of 12 bits often fill a sixteenth of it: '
+       'the pictures are nearly black, and 8 bits keep few of their levels.',
+       'Prepare again with the window that the finding names: -p window=0,4095 for 12 bits.',
+       none='No picture of 16 bits leaves most of its range empty.',
+       found='{n:#image} {n:uses|use} {share} % of their range; set window=0,{top} in prepare.')
+
 # %% ../nbs/050_findings.ipynb #fec86f61
 define('CHK011', 'Burned-in text', Verdict.WARNING,
        'DICOM files whose BurnedInAnnotation is YES: the pixels may show a name.',

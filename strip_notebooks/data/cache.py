@@ -28,10 +28,10 @@ from ..processes import cpu_count, progress
 
 # %% ../../nbs/175_data.cache.ipynb #24f69375
 def _content(path):
-    "The hash of a file's bytes; '' if it is no file that can be read, its size if it is larger than any that is read"
+    "The hash of a file's bytes; '' if it is no file that can be read, its size and time if it is very large"
     try:
         size = os.path.getsize(path) if os.path.isfile(path) else 0
-        if size > Limits().file_bytes: return f'{size} bytes'
+        if size > Limits().file_bytes: return f'{size} bytes of {os.stat(path).st_mtime_ns}'
         return file_hash(path) if size else ''
     except (OSError, ValueError): return ''
 
@@ -41,7 +41,7 @@ def _cache_key(cohort, preprocessing):
         hashes = list(progress(pool.map(_content, cohort.path), 'fingerprinting files', total=len(cohort)))
     settings = {k: v for k,v in preprocessing.to_dict().items() if k in ('size', 'fit', 'stain', 'clahe')}
     readings = [vars(r) for r in cohort_readings(cohort, preprocessing.reading)]
-    version = 'pixels 4'        # another number whenever the pixels or the measures change
+    version = 'pixels 5'        # another number whenever the pixels or the measures change
     return content_hash(version, settings, readings, cohort.image_id.tolist(), hashes)
 
 # %% ../../nbs/175_data.cache.ipynb #037e8eab

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hash_distances', 'near_duplicates', 'unreadable_finding', 'blank_finding', 'tiny_finding', 'duplicate_finding',
            'class_finding', 'patient_finding', 'center_finding', 'two_center_finding', 'spelling_finding',
-           'format_finding', 'size_finding', 'brightness_finding', 'burned_in_finding', 'showable',
+           'format_finding', 'size_finding', 'brightness_finding', 'range_finding', 'burned_in_finding', 'showable',
            'center_name_finding', 'path_finding', 'validate', 'validation_figure']
 
 # %% ../../nbs/150_data.checks.ipynb #70610f54
@@ -195,6 +195,18 @@ def brightness_finding(
     values = dict(n=odd, least=round(float(light.min())), most=round(float(light.max())))
     return Finding('CHK010', Verdict.WARNING if odd else Verdict.OK, 'found' if odd else 'none', values=values)
 
+# %% ../../nbs/150_data.checks.ipynb #1bcd7b45
+def range_finding(
+    measures:pd.DataFrame,  # Index image_id; reason, top (the largest number of a picture of 16 bits)
+)->Finding:                 # CHK016
+    "Do pictures of 16 bits use their range?"
+    if 'top' not in measures: return Finding('CHK016', Verdict.OK, 'none', values=dict(n=0))
+    tops = pd.to_numeric(measures.top[measures.reason == '']).dropna()
+    if not len(tops) or not 0 < tops.max() < 2**15: return Finding('CHK016', Verdict.OK, 'none', values=dict(n=0))
+    top = 2**int(tops.max()).bit_length() - 1
+    values = dict(n=len(tops), top=top, share=max(1, round(100*top/65535)))
+    return Finding('CHK016', Verdict.WARNING, 'found', values=values)
+
 # %% ../../nbs/150_data.checks.ipynb #d5de9bf6
 def burned_in_finding(
     measures:pd.DataFrame,  # Index image_id; burned_in (whether the file says that text is in its pixels)
@@ -252,7 +264,7 @@ def validate(
     found = [unreadable_finding(m, quarantined), blank_finding(m), tiny_finding(m, least_side), duplicate_finding(m)]
     found += [class_finding(cohort), patient_finding(cohort), center_finding(cohort)]
     found += [two_center_finding(cohort), spelling_finding(cohort)]
-    found += [format_finding(m), size_finding(m), brightness_finding(m)]
+    found += [format_finding(m), size_finding(m), brightness_finding(m), range_finding(m)]
     found += [burned_in_finding(m, allow_burned_in), center_name_finding(cohort)]
     return Findings(found if root is None else [*found, path_finding(cohort, root)])
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import StripError, content_hash, nearest, plural, unquote_formula, write_csv
+from ..core import StripError, content_hash, listing, nearest, plural, unquote_formula, write_csv
 from .images import Reading, image_suffixes, is_image_file
 from ..predictions import blank_cells
 
@@ -385,6 +385,20 @@ def _outside(paths, folder):
     return sum(os.path.commonpath([folder, os.path.realpath(p)]) != folder for p in paths)
 
 # %% ../../nbs/140_data.cohort.ipynb #34aa47aa
+def _missing(cohort, csv):
+    "Sentences about the images of a table that are not there: classes and patients that are lost, then their number"
+    absent = np.array([not os.path.lexists(p) for p in cohort.path])
+    if not absent.any(): return
+    kept = cohort[~absent]
+    lost = cohort[absent & ~cohort.patient_id.isin(kept.patient_id).to_numpy()]
+    labels = sorted(set(lost.label) - set(kept.label)) if 'label' in cohort else []
+    if labels: yield f'No image of the class {listing(labels)} exists: it is lost.'
+    if len(lost): yield f'{plural(lost.patient_id.nunique(), "patient")} without any image that exists.'
+    missing = 'does not exist' if absent.sum() == 1 else 'do not exist'
+    yield (f'{plural(absent.sum(), "image")} of {len(cohort)} in {csv.name} {missing}, the first is that of row '
+           f'{absent.argmax()}; copy what is missing, or correct image_id or path.')
+
+# %% ../../nbs/140_data.cohort.ipynb #ba22b463
 def cohort_from_csv(
     csv,                    # The table, one row per image
     images=None,            # Folder with the images; None looks in the folder called like the CSV, then beside it
@@ -395,12 +409,40 @@ def cohort_from_csv(
     frame = _rename(_read_csv(csv), columns or {})
     given = 'path' in frame
     cohort = cohort_from_frame(frame if given else _with_paths(frame, csv, images), root=csv.parent)
+    for sentence in _missing(cohort, csv): _warn(sentence)
     if given and (count := _outside(cohort.path, csv.parent)):
         _warn(f'{plural(count, "path")} of {len(cohort)} in {csv.name} outside its folder; '
               'check that these are the images you mean.')
     return cohort
 
 # %% ../../nbs/140_data.cohort.ipynb #f05b8255
+_no_images = ('.txt', '.csv', '.json', '.xml', '.md', '.db', '.ini')     # What belongs to no picture, or beside one
+
+def _lost(folder, others, files):
+    "Sentences about the classes and patients of a folder that have other files only"
+    kept = {f.relative_to(folder).parts[:2] for f in files}
+    patients = {f.relative_to(folder).parts[:2] for f in others} - kept
+    labels = sorted({p[0] for p in patients} - {k[0] for k in kept})
+    if labels: yield f'No file of the class {listing(labels)} has the ending of an image that is read here: it is lost.'
+    if patients:
+        by_class = {label: sum(p[0] == label for p in patients) for label in sorted({p[0] for p in patients})}
+        each = listing(f'{n} of {label}' for label, n in by_class.items())
+        yield f'{plural(len(patients), "patient")} ({each}) with no image that is read here: not in the cohort.'
+
+def _ignored(folder, found, files):
+    "Sentences about files that are not read, the gravest first: classes and patients that are lost, then endings"
+    beside = {f.with_suffix('') for f in files if f.suffix.lower() == '.mrxs'}      # where an MRXS has its pixels
+    others = [f for f in found if f not in set(files) and not beside & set(f.parents)]
+    strange = [f for f in others if f.suffix.lower() not in _no_images]
+    sentences = list(_lost(folder, others, files))
+    if not strange: return sentences
+    counts = pd.Series([f.suffix.lower() for f in strange]).value_counts()
+    some = listing(f'{ending} ({n})' for ending, n in counts[:5].items()) + (', and others' if len(counts) > 5 else '')
+    look = counts.index[0]
+    return [*sentences, f'{plural(len(strange), "file")} with an ending that is not read: {some}. '
+            f'Convert them if they are images; `find {folder} -iname "*{look}"` lists the most frequent.']
+
+# %% ../../nbs/140_data.cohort.ipynb #135afe31
 def _images_in(folder):
     "The images in folders LABEL/patient/image, sorted; a `CohortError` that names no file, as names may be patients'"
     found = list(files_below(folder))
@@ -419,9 +461,12 @@ def _images_in(folder):
     if shallow:
         raise CohortError(f'{shallow} of {plural(len(files), "image")} in {folder} without a folder of a patient; '
                           'the layout is LABEL/patient/image.')
+    ignored = _ignored(folder, [f for f in found if deep[f]], files)
     if not files:
         endings = ', '.join(image_suffixes)
-        raise CohortError(f'No images in {folder}; the layout is LABEL/patient/image, and the endings are {endings}.')
+        raise CohortError(f'No images in {folder}; the layout is LABEL/patient/image, and the endings are {endings}.'
+                          + ''.join(f' {sentence}' for sentence in ignored))
+    for sentence in ignored: _warn(sentence)
     return files
 
 # %% ../../nbs/140_data.cohort.ipynb #a22b91c0

@@ -70,17 +70,19 @@ class FileGuard:
     def __enter__(self):
         self.depth += 1
         if self.depth > 1: return
-        self.before, self.began, self.pixels = _memory_now(), time.process_time(), -1
+        self.before, self.began = _memory_now(), time.process_time()
+        self.pixels, self.work = 0, 0
         self.allow(0)
 
     def allow(self,
-        pixels:int, # Declared pixels of what is read
+        pixels:int,             # Declared pixels of what is read
+        streamed:bool=False,    # Whether they are decoded piece by piece, which takes time and no memory
     ):
         "The header declares so many pixels"
-        if not self.depth or pixels <= self.pixels: return
-        self.pixels = pixels
-        _limit_memory(self.before, self.allowance.memory(pixels))
-        _limit_time(max(.001, self.allowance.time(pixels) - (time.process_time() - self.began)))
+        if not self.depth: return
+        self.pixels, self.work = max(self.pixels, 0 if streamed else pixels), max(self.work, pixels)
+        _limit_memory(self.before, self.allowance.memory(self.pixels))
+        _limit_time(max(.001, self.allowance.time(self.work) - (time.process_time() - self.began)))
 
     def __exit__(self, *args):
         self.depth -= 1

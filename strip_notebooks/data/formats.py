@@ -15,10 +15,11 @@ from ..core import atomic_path, content_hash
 from .dicom import dicom_size, read_dicom
 from .images import (
     ImageError, Limits, Reading, Source, check_choice, check_pixels, check_window, guarded, image_errors,
-    image_suffixes, open_source, shown_between, three_channels)
+    image_suffixes, open_source, shown_between, slide_suffixes, three_channels)
 from .nifti import nifti_size, read_nifti
 from .raster import raster_size, read_raster
-from .tiff import read_tiff, tiff_size
+from .slide import read_slide, read_tiff_or_slide, slide_size
+from .tiff import tiff_size
 
 # %% ../../nbs/130_data.formats.ipynb #bc68be8f
 _marks = {b'\x89PNG\r\n\x1a\n': 'png', b'\xff\xd8\xff': 'jpeg', b'BM': 'bmp', b'II*\0': 'tiff', b'MM\0*': 'tiff',
@@ -30,8 +31,10 @@ def _format_of(
 )->str:             # The format, or None
     "The format of a file that begins with these bytes"
     if head[128:132] == b'DICM': return 'dicom'     # first, as the preamble before it may look like a TIFF
+    if suffix in slide_suffixes: return 'slide'     # also before, as it may look like a JPEG
     for mark, kind in _marks.items():
         if head.startswith(mark): return kind
+    if head[:4] + head[8:12] == b'RIFFWEBP': return 'webp'
     if head[344:348] in (b'n+1\0', b'n+2\0') or head[4:8] == b'n+2\0': return 'nifti'
     little, big = head[:2] in (b'\x02\0', b'\x08\0') and head[3:4] == b'\0', head[:3] == b'\0\x08\0'
     return 'dicom' if suffix == '.dcm' or little or big else None
@@ -60,7 +63,7 @@ def image_format(
     source,                 # Path, bytes or binary stream
     name:str=None,          # What messages call it
     limits:Limits=Limits(), # What is refused
-)->str:                     # png, jpeg, bmp, tiff, npy, dicom or nifti
+)->str:                     # png, jpeg, bmp, webp, tiff, slide, npy, dicom or nifti
     "The format of a file by its first bytes; an `ImageError` if none"
     source = open_source(source, name, limits)
     with guarded(): return _known_format(source)
@@ -114,8 +117,8 @@ def npy_size(
         return a.shape[:2]
 
 # %% ../../nbs/130_data.formats.ipynb #204084c6
-_readers = dict(png=read_raster, jpeg=read_raster, bmp=read_raster, tiff=read_tiff, npy=read_npy,
-                dicom=read_dicom, nifti=read_nifti)
+_readers = dict(png=read_raster, jpeg=read_raster, bmp=read_raster, webp=read_raster, tiff=read_tiff_or_slide,
+                slide=read_slide, npy=read_npy, dicom=read_dicom, nifti=read_nifti)
 
 def read_image(
     source,                     # Path, bytes or binary stream of any format that `image_format` knows
@@ -132,15 +135,15 @@ def read_image(
         return three_channels(source.name, a)
 
 # %% ../../nbs/130_data.formats.ipynb #4b2551fa
-_sizes = dict(png=raster_size, jpeg=raster_size, bmp=raster_size, tiff=tiff_size, npy=npy_size,
-              dicom=dicom_size, nifti=nifti_size)
+_sizes = dict(png=raster_size, jpeg=raster_size, bmp=raster_size, webp=raster_size, tiff=tiff_size,
+              slide=slide_size, npy=npy_size, dicom=dicom_size, nifti=nifti_size)
 
 def image_size(
     source,                     # Path, bytes or binary stream
     reading:Reading=Reading(),  # Which frame, slice and level
     name:str=None,              # What messages call it
     limits:Limits=Limits(),     # What is refused
-)->tuple:                       # height, width in pixels, as `read_image` gives it
+)->tuple:                       # height, width in pixels, as `read_image` gives it unless it gives an overview
     "The size of an image from its header; an `ImageError` if it has none"
     source = open_source(source, name, limits)
     with guarded(): return _sizes[_known_format(source)](source, reading, limits)
@@ -199,6 +202,6 @@ def write_image(
     name = Path(path).name.lower()
     write = next((w for ending, w in _writers.items() if name.endswith(ending)), None)
     if not write:
-        known = ', '.join(image_suffixes)
+        known = ', '.join(_writers)
         raise ImageError(path, 'unsupported', f'no image is written with this ending; {known} are.')
     with atomic_path(path) as p: write(p, image)

@@ -14,12 +14,12 @@ import pandas as pd
 from .cohort import cohort_readings
 from .decoding import Decoded, decode
 from .dicom import burned_in
-from .formats import image_format, read_image
+from .formats import image_format, image_size, read_image
 from .images import ImageError, Reading, to_uint8
 
 # %% ../../nbs/145_data.measure.ipynb #e0efcbdd
 measure_columns = ['reason', 'message', 'printed', 'format', 'burned_in', 'height', 'width', 'brightness', 'contrast',
-                   'red', 'green', 'blue', 'hash']
+                   'red', 'green', 'blue', 'top', 'hash']
 
 def _color(image):
     "Mean (brightness) and standard deviation (contrast) of all values, and the mean of each channel, 0 to 255"
@@ -38,19 +38,28 @@ def perceptual_hash(
     y,x = (max(1, side//512) for side in image.shape[:2])
     return str(imagehash.phash(Image.fromarray(image[::y, ::x]), hash_size=16))
 
+# %% ../../nbs/145_data.measure.ipynb #acbfb0e9
+def _top(image, reading):
+    "The largest number of a picture of 16 bits as the file states it; None for other pictures and with a window"
+    if image.dtype == np.uint8 or reading.window or not image.size: return None
+    numbers = image[::max(1, len(image)//64)].astype(np.float64)*65535
+    if abs(numbers - numbers.round()).max() > .02: return None              # fractions, or the mean of areas
+    return round(float(image.max())*65535)
+
 # %% ../../nbs/145_data.measure.ipynb #2efe65fa
 def read_and_measure(
     path,                       # An image file
     reading:Reading=Reading(),  # Which picture of it
 ):                              # (H, W, 3) uint8, and its measures
     "The picture in a file and its measures; an `ImageError` if it cannot be used"
-    image = to_uint8(read_image(path, reading))
-    if image.ndim > 3: raise ImageError(path, 'choice', 'all frames were asked for; give the number of one.')
+    deep = read_image(path, reading)
+    if deep.ndim > 3: raise ImageError(path, 'choice', 'all frames were asked for; give the number of one.')
+    image = to_uint8(deep)
     kind = image_format(path)
-    height,width = image.shape[:2]
+    height,width = image_size(path, reading) if kind in ('tiff', 'slide') else image.shape[:2]  # not of an overview
     found = dict(reason='', message='', printed='', format=kind, burned_in=kind == 'dicom' and burned_in(path),
                  height=height, width=width)
-    return image, found | _color(image) | dict(hash=perceptual_hash(image))
+    return image, found | _color(image) | dict(top=_top(deep, reading), hash=perceptual_hash(image))
 
 # %% ../../nbs/145_data.measure.ipynb #c3fbf225
 def measured(

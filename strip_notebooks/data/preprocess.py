@@ -198,6 +198,8 @@ class Preprocessing:
     reading:Reading = Reading()     # Which picture of a file: frame, slice, window, level
     def __post_init__(self):
         _check_settings(self)
+        enough = max(self.reading.overview, 2*self.size)            # an overview is never smaller than the input
+        object.__setattr__(self, 'reading', replace(self.reading, overview=enough))
         shift,scale = self.shift, self.scale
         if self.normalize == 'imagenet' and not len(shift): shift,scale = imagenet
         _check_normalization(shift, scale)

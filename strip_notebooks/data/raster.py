@@ -269,8 +269,31 @@ def _read_bmp(source, limits):
     check_pixels(source.name, height*width, limits)
     return _pillow_pixels(source.read())
 
+# %% ../../nbs/105_data.raster.ipynb #11fcae78
+def _webp_size(source, data):
+    "Height and width in the first 30 bytes of a WebP"
+    kind, content = data[12:16], data[20:30].ljust(10, b'\0')
+    number = lambda at, n: int.from_bytes(content[at:at + n], 'little')
+    if kind == b'VP8X': return number(7, 3) + 1, number(4, 3) + 1
+    if kind == b'VP8L': return (number(1, 4) >> 14 & 0x3fff) + 1, (number(1, 4) & 0x3fff) + 1
+    size = number(8, 2) & 0x3fff, number(6, 2) & 0x3fff
+    if kind == b'VP8 ' and all(size): return size
+    raise ImageError(source.name, 'corrupt', f'its header states no size; {_copy_again}')
+
+def _read_webp(source, limits):
+    "Pixels of a WebP with their opacity, turned; the first picture of a moving one"
+    from PIL import Image
+    height, width = _webp_size(source, source.read(30))
+    check_pixels(source.name, height*width, limits)
+    data = source.read()
+    if int.from_bytes(data[4:8], 'little') + 8 > len(data):
+        raise ImageError(source.name, 'corrupt', f'it ends before its last chunk; {_copy_again}')
+    with Image.open(io.BytesIO(data), formats=('WEBP',)) as image:
+        if image.size != (width, height): raise ImageError(source.name, 'corrupt', 'it states two sizes.')
+        return turned(np.asarray(image), shown_orientation(image.info.get('exif', b''), image.info.get('xmp', b'')))
+
 # %% ../../nbs/105_data.raster.ipynb #6fe7f9c7
-_raster_readers = {b'\x89P': _read_png, b'\xff\xd8': _read_jpeg, b'BM': _read_bmp}
+_raster_readers = {b'\x89P': _read_png, b'\xff\xd8': _read_jpeg, b'BM': _read_bmp, b'RI': _read_webp}
 
 def _check_raster(source, reading):
     "An `ImageError` if another frame or level is asked for than the one that there is"
@@ -279,11 +302,11 @@ def _check_raster(source, reading):
 
 # %% ../../nbs/105_data.raster.ipynb #f3216902
 def read_raster(
-    source:Source,              # A PNG, JPEG or BMP
+    source:Source,              # A PNG, JPEG, BMP or WebP
     reading:Reading=Reading(),  # Which picture of the file is read
     limits:Limits=Limits(),   # What is refused before it is decoded
 )->np.ndarray:                  # (H, W) or (H, W, C)
-    "Pixels of a PNG, JPEG or BMP, turned"
+    "Pixels of a PNG, JPEG, BMP or WebP, turned"
     with image_errors(source.name):
         _check_raster(source, reading)
         a = _raster_readers[source.read(2)](source, limits)
@@ -297,17 +320,25 @@ def _jpeg_start(source):
     check_jpeg(source.name, JpegHead(head.height, head.width, complete=True))
     return head
 
+# %% ../../nbs/105_data.raster.ipynb #b1beecbc
+def _webp_shown_size(source):
+    "Size of a WebP, turned"
+    size = _webp_size(source, source.read(30))
+    exif = re.search(rb'EXIF.{4}((?:Exif\0\0)?(?:II\*\0|MM\0\*).*)', source.read(), re.DOTALL)
+    return size if shown_orientation(exif[1] if exif else b'') < 5 else size[::-1]
+
 # %% ../../nbs/105_data.raster.ipynb #7378ce70
 def raster_size(
-    source:Source,              # A PNG, JPEG or BMP
+    source:Source,              # A PNG, JPEG, BMP or WebP
     reading:Reading=Reading(),  # Which picture of the file is read
     limits:Limits=Limits(),   # What is refused before it is decoded
 )->tuple:                       # height, width in pixels, as `read_raster` shows it
-    "Size of a PNG, JPEG or BMP from its header"
+    "Size of a PNG, JPEG, BMP or WebP from its header"
     with image_errors(source.name), source.open() as f:
         _check_raster(source, reading)
         kind = source.read(2)
         if kind == b'BM': return _bmp_size(source, source.read(26))
+        if kind == b'RI': return _webp_shown_size(source)
         if kind == b'\xff\xd8':
             head = _jpeg_start(source)
             size, orientation = (head.height, head.width), shown_orientation(head.exif, head.xmp)
