@@ -21,7 +21,6 @@ def left_as_found(monkeypatch):
     plt.close('all')
     os.environ.clear(); os.environ.update(before); os.chdir(here)
 
-@pytest.mark.filterwarnings('ignore')       # they are shown in the notebook, and a class of a notebook cannot cross processes
 @pytest.mark.parametrize('path', notebooks, ids=name)
 def test_notebook_runs(path):
     passed, seconds = run_notebook(path, skip_flags=get_config(path=root).tst_flags.split(), basepath=root)
