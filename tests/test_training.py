@@ -203,12 +203,24 @@ def test_unfreezing_continues(cohort, tmp_path):
 
 def test_the_plateau_continues(cohort, tmp_path):
     "The rate falls after four epochs without a better score, of which two lie before the interruption"
-    whole = interrupted_and_whole(cohort, tmp_path, at=2, schedule='plateau', lr=1e-12, ema=0., epochs=7)
+    whole = interrupted_and_whole(cohort, tmp_path, at=2, schedule='plateau', lr=1e-12, ema=0., norm_batches=0, epochs=7)
     assert whole.history.lr.iloc[0] == 1e-12 and whole.history.lr.iloc[-1] == pytest.approx(5e-13, rel=1e-9)
 
 def test_patience_continues(cohort, tmp_path):
-    whole = interrupted_and_whole(cohort, tmp_path, at=2, patience=2, monitor='auc', lr=1e-12, ema=0., epochs=9)
+    whole = interrupted_and_whole(cohort, tmp_path, at=2, patience=2, monitor='auc', lr=1e-12, ema=0., norm_batches=0, epochs=9)
     assert len(whole.history) == 3
+
+def test_norms_continue_and_the_plateau_lowers_the_rate_of_a_constant_auc(cohort, tmp_path):
+    """Without a running mean of the weights, the measured statistics are those of the network that trains on; an AUC that
+    never improves is negative for the schedule, of which torch's relative threshold makes an improvement"""
+    import torch
+    from strip_notebooks.training.config import TrainerConfig
+    from strip_notebooks.training.trainer import Trainer
+    interrupted_and_whole(cohort, tmp_path, at=2, ema=0., norm_batches=2)
+    task = bag_task()
+    task.better, task.scores = dict(auc='high'), lambda logits: dict(auc=.7)
+    config = TrainerConfig(epochs=6, schedule='plateau', monitor='auc', lr=.01, precision='32-true', device='cpu')
+    assert Trainer(task, config, tmp_path/'plateau').fit().lr.tolist() == [.01]*5 + [.005]
 
 def test_bf16_continues(cohort, tmp_path):
     whole = interrupted_and_whole(cohort, tmp_path, precision='bf16-mixed', epochs=2)

@@ -269,8 +269,9 @@ class LiveCurve:
 
     def __call__(self, history:pd.DataFrame):
         style = progress_style()
+        norms = history.attrs.get('seconds', {}).get('norms', 0.)
         if style == 'widget': self.draw(history)
-        elif style != 'none': print(self.line(history.iloc[-1]), flush=True)
+        elif style != 'none': print(self.line(history.iloc[-1], norms), flush=True)
 
     def draw(self,
         history:pd.DataFrame,   # One row per epoch
@@ -286,12 +287,14 @@ class LiveCurve:
 # %% ../../nbs/430_training.classifier.ipynb #7a5c1e04
 @patch
 def line(self:LiveCurve,
-    row,    # The last epoch of the history
+    row,        # The last epoch of the history
+    norms:float=0., # Seconds that the batch-norm statistics took
 )->str:
     "An epoch as a line of text"
     seconds,self.began = time.perf_counter() - self.began,time.perf_counter()
+    extra = f' ({norms:.1f} s for batch-norm statistics)' if norms >= .05 else ''
     return (f'epoch {row.epoch:.0f} of {self.epochs}: training loss {row.train_loss:.3f}, validation log loss '
-            f'{row.weighted_log_loss:.3f}, AUC {row.auc:.3f}, {seconds:.1f} s')
+            f'{row.weighted_log_loss:.3f}, AUC {row.auc:.3f}, {seconds:.1f} s{extra}')
 
 # %% ../../nbs/430_training.classifier.ipynb #92281953
 class Board:

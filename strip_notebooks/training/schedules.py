@@ -65,7 +65,7 @@ def make_schedule(
 ):                      # A torch scheduler; `.step()` per optimizer step, or `.step(score)` per epoch for 'plateau'
     "A learning-rate schedule by its name"
     if name not in schedule_names: raise TrainingError(f'There is no schedule {name!r}{nearest(name, schedule_names)}')
-    if name == 'plateau': return lr_scheduler.ReduceLROnPlateau(optimizer, factor=.5, patience=3)
+    if name == 'plateau': return lr_scheduler.ReduceLROnPlateau(optimizer, factor=.5, patience=3, threshold_mode='abs')
     if name == 'constant': return lr_scheduler.ConstantLR(optimizer, 1., 0)
     if name != 'onecycle': return _warmed(optimizer, name, steps, warmup)
     highest = [g['lr'] for g in optimizer.param_groups]
