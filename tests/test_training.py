@@ -243,8 +243,10 @@ def test_a_corrupt_last_checkpoint_falls_back_and_says_so(cohort, tmp_path, caps
     assert 'epoch-000003.safetensors is corrupt (ValueError). Resuming from the checkpoint before it.' in capsys.readouterr().out
     assert again.history.equals(whole.history) and file_hash(again.bundle_path/'weights.safetensors') == weights
 
-def test_accumulated_batches_equal_one_large_batch(cohort, tmp_path):
-    "Three of four images, twice: the last group of an epoch has batches of unequal size. Normalization is frozen, as it sees each batch alone"
+@pytest.mark.parametrize('loss', ['cross_entropy', 'weighted_cross_entropy'])
+def test_accumulated_batches_equal_one_large_batch(cohort, tmp_path, loss):
+    """Batches of unequal size, and of unequal weight where the loss is weighted. Normalization is frozen, as it sees each
+    batch alone"""
     import torch
     from strip_notebooks.training.classifier import make_config, train
     from strip_notebooks.bundle import load_bundle
@@ -256,7 +258,7 @@ def test_accumulated_batches_equal_one_large_batch(cohort, tmp_path):
     heads = []
     for size,accumulate in [(12, 1), (6, 2)]:
         config = make_config(**{**settings, **dict(batch_size=size, accumulate=accumulate, trainable='head', policy='none', mixup=0., dropout=0., ema=0.,
-                                                   balance='', optimizer='sgd', lr=.1, clip=0., epochs=2)})
+                                                   balance='', optimizer='sgd', lr=.1, loss=loss, clip=0., epochs=2)})
         bundle = load_bundle(train(images, cache, preprocessing, config, tmp_path/str(accumulate)).bundle_path)
         heads.append(bundle.model.head.weight.detach())
     torch.testing.assert_close(*heads, rtol=0, atol=1e-6)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SettingsError', 'Settings', 'parameter_type', 'parameter_lines', 'OptimizerConfig', 'TrainerConfig',
-           'ThresholdConfig', 'TrainConfig', 'make_config']
+           'ThresholdConfig', 'FineTuneConfig', 'TrainConfig', 'make_config']
 
 # %% ../../nbs/405_training.config.ipynb #875701eb
 from typing import Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..core import StripError, nearest
 from ..processes import cpu_count
@@ -84,6 +84,7 @@ class OptimizerConfig(Settings):
     optimizer:Literal['adamw', 'sgd'] = Field('adamw', description='adamw or sgd')
     lr:float = Field(.002, gt=0, description='Highest learning rate')
     weight_decay:float = Field(.01, ge=0, description='Of kernels and matrices')
+    layer_decay:float = Field(1., gt=0, le=1, description='Factor of the rate from each layer to the one before it')
     schedule:Literal['cosine', 'onecycle', 'step', 'plateau', 'constant'] = Field(
         'cosine', description='cosine, onecycle, step, plateau or constant')
     warmup:float = Field(
@@ -126,10 +127,48 @@ class ThresholdConfig(TrainerConfig):
     how:Literal['mean', 'vote', 'max'] = Field('mean', description='Images to patient: mean, vote or max')
     positive:str = Field('', description='The positive class; empty takes the last in sorted order')
 
+# %% ../../nbs/405_training.config.ipynb #aa7ebae0
+def _fine_tuning(cls, values):
+    "The settings with the defaults that fit the start of the weights"
+    values = dict(values)
+    if values.get('features') == 'frozen':
+        values['trainable'] = 'head'
+        if values.get('policy', 'light') == 'light': values['policy'] = 'none'
+    moved = bool(values.get('pretrained')) and values.get('trainable', 'all') != 'head'
+    for name,default in dict(lr=.0002 if moved else .002, layer_decay=.75 if moved else 1.).items():
+        given = values.get(name, 0.)
+        if type(given) in (int, float) and given == 0: values[name] = default
+    return values
+
+def _check_frozen(settings):
+    "Frozen features are computed once, so nothing may change them later"
+    changing = [n for n in ('mixup', 'cutmix', 'unfreeze_every') if getattr(settings, n)]
+    if settings.policy != 'none': changing.insert(0, 'policy')
+    if settings.features != 'frozen' or not changing: return settings
+    raise ValueError(f"features='frozen' computes the features of an image once, so {changing[0]} must be off; "
+                     "take features='trained' for it.")
+
+# %% ../../nbs/405_training.config.ipynb #d6cfab25
+class FineTuneConfig(ThresholdConfig):
+    "Which network is trained, from which weights, and which of its layers"
+    lr:float = Field(0., ge=0, description='Highest learning rate; 0 takes 0.002, or 0.0002 for pretrained weights')
+    layer_decay:float = Field(
+        0., ge=0, le=1,
+        description='Factor of the rate from each layer to the one before; 0 takes 1, or 0.75 for pretrained weights')
+    arch:str = Field(
+        'simple_cnn', min_length=1, max_length=200,
+        description='simple_cnn, a timm name or hf-hub:OWNER/NAME; arguments as in NAME(dynamic_img_size=True)')
+    pretrained:str = Field('', description='Empty for none, hub, or the path of a safetensors file')
+    features:Literal['trained', 'frozen'] = Field(
+        'trained', description='frozen embeds each image once, without augmentation, and trains the head alone')
+    trainable:str = Field(
+        'all', description='all, head, or how many stages before the head are trained with it')
+    unfreeze_every:int = Field(0, ge=0, description='Epochs after which one more stage is trained; 0 never')
+    _trainable = field_validator('trainable', mode='before')(_check_trainable)
+
 # %% ../../nbs/405_training.config.ipynb #139c21ba
-class TrainConfig(ThresholdConfig):
+class TrainConfig(FineTuneConfig):
     "How an image classifier is trained"
-    arch:str = Field('simple_cnn', min_length=1, description='simple_cnn, or a timm name such as resnet18')
     loss:Literal['cross_entropy', 'weighted_cross_entropy', 'focal', 'competition'] = Field(
         'cross_entropy', description='cross_entropy, weighted_cross_entropy, focal or competition')
     label_smoothing:float = Field(
@@ -141,13 +180,10 @@ class TrainConfig(ThresholdConfig):
     mixup:float = Field(0., ge=0, description='Strength of MixUp; 0 is off')
     cutmix:float = Field(0., ge=0, description='Strength of CutMix; 0 is off')
     dropout:float = Field(0., ge=0, lt=1, description='Share of features dropped before the head, 0 to below 1')
-    pretrained:str = Field('', description='Empty for none, hub, or the path of a safetensors file')
-    trainable:str = Field(
-        'all', description='all, head, or how many stages before the head are trained with it')
-    unfreeze_every:int = Field(0, ge=0, description='Epochs after which one more stage is trained; 0 never')
     monitor:Literal['weighted_log_loss', 'auc'] = Field(
         'weighted_log_loss', description='Chooses the epoch, per patient: weighted_log_loss or auc')
-    _trainable = field_validator('trainable', mode='before')(_check_trainable)
+    _start = model_validator(mode='before')(classmethod(_fine_tuning))
+    _frozen = model_validator(mode='after')(_check_frozen)
 
 # %% ../../nbs/405_training.config.ipynb #3b32da72
 def make_config(

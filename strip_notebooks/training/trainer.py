@@ -138,7 +138,7 @@ class Trainer:
         self.fabric = _fabric(self.device, self.precision)
         seed_everything(derive_seed(config.seed, 'start'))
         self.net = task.network()
-        optimizer = make_optimizer(self.net, config.optimizer, config.lr, config.weight_decay)
+        optimizer = make_optimizer(self.net, config.optimizer, config.lr, config.weight_decay, config.layer_decay)
         self.model,self.optimizer = self.fabric.setup(self.net, optimizer)
         self.ema = ModelEmaV3(self.net, config.ema, use_warmup=True) if config.ema else None
         self.train_loader,self.val_loader = task.loaders()
@@ -419,7 +419,7 @@ def _validate(self:Trainer):
 def epoch(self:Trainer)->dict: # The epoch's row of the history: epoch, train_loss, the task's scores, lr
     "Train and validate one epoch, keep the best weights, and write the checkpoint"
     number,config = len(self.history),self.config
-    lr = self.optimizer.param_groups[0]['lr']
+    lr = max(group['lr'] for group in self.optimizer.param_groups)
     loss = self.train_epoch(number)
     self.history.append(dict(epoch=number+1, train_loss=loss, **self._validate(), lr=lr))
     best = best_epoch(self.history, config.monitor, self.task.better[config.monitor])
