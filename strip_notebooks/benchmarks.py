@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import StripError, derive_seed
+from .core import StripError, derive_seed, plural
 from .statistics import bootstrap_weights, prior_shift
 
 # %% ../nbs/910_benchmarks.ipynb #352a2df2
@@ -244,7 +244,7 @@ def precision_sentence(
             'The target of 2x assumes bfloat16, and needs '
             "a processor with these instructions, such as AMD's since Zen 4 or Intel's Xeons since Sapphire Rapids.")
 
-# %% ../nbs/910_benchmarks.ipynb #33486c8f
+# %% ../nbs/910_benchmarks.ipynb #36d322a1
 def frozen_trainers(
     cohort:pd.DataFrame,    # Images with labels
     cache,                  # Their cache
@@ -263,6 +263,7 @@ def frozen_trainers(
         trainers.append(Trainer(task(split, cache, cache.preprocessing, config), config, Path(folder)/features))
     return trainers
 
+# %% ../nbs/910_benchmarks.ipynb #0c058fe1
 def compare_frozen(
     cohort:pd.DataFrame,    # Images with labels
     cache,                  # Their cache
@@ -279,7 +280,7 @@ def compare_frozen(
         logits.append(trainer.predict(trainer.best_net, trainer.val_loader))
     apart = (logits[0].softmax(1) - logits[1].softmax(1)).abs().max().item()
     if apart > .01: raise StripError(f'Frozen features predict otherwise than the network, by up to {apart:.2g}.')
-    return Comparison('frozen', f'{epochs} epochs of the head on frozen features, {arch}',
+    return Comparison('frozen', f'{plural(epochs, "epoch")} of the head on frozen features, {arch}',
                       'the same through the frozen network', times[1]/times[0], 8, True,
                       f'{times[0]:.1f} and {times[1]:.1f} s, predictions apart by {apart:.0e} at most')
 

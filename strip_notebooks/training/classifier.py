@@ -90,6 +90,14 @@ def weights_preprocessing(
     return replace(preprocessing, normalize='zscore', shift=mean, scale=spread) if mean else preprocessing
 
 # %% ../../nbs/430_training.classifier.ipynb #7176f8ad
+def _checked(cohort):
+    "A labeled cohort with splits, checked without warnings"
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', CohortWarning)
+        return check_cohort(cohort, labeled=True, split=True)
+
+# %% ../../nbs/430_training.classifier.ipynb #6fc84b5a
 class ImageClassifier(Task):
     "Images of clots, each classified on its own"
     better = dict(weighted_log_loss='low', auc='high')
@@ -110,13 +118,6 @@ class ImageClassifier(Task):
         counts = drawn_counts(self.rows['train'], self.classes, config.balance)
         self.prior = taught_prior(config.loss, counts, config.label_smoothing)
         self.criterion = make_loss(config.loss, counts, config.label_smoothing)
-
-def _checked(cohort):
-    "A labeled cohort with splits, checked without warnings"
-    import warnings
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', CohortWarning)
-        return check_cohort(cohort, labeled=True, split=True)
 
 # %% ../../nbs/430_training.classifier.ipynb #7f0077d8
 @patch
@@ -249,7 +250,7 @@ def parts(self:ImageClassifier,
 
 # %% ../../nbs/430_training.classifier.ipynb #a031f3ac
 class EmbeddedImages:
-    "The features of a cohort's images, in the place of `CohortImages`"
+    "The features of a cohort's images, read as `CohortImages` are"
     def __init__(self,
         images:CohortImages,    # Without augmentation
         embed,                  # A function of a batch of `images` that returns its features, (B, D)
@@ -264,7 +265,8 @@ class EmbeddedImages:
         "All features, (N, D) float32, computed once"
         if self._features is None:
             loader = make_loader(self.images, self.batch_size, train=False)
-            self._features = torch.cat([self.embed(batch) for batch in loader])
+            with torch.random.fork_rng(devices=[]):     # a loader draws a number, from which dropout goes on
+                self._features = torch.cat([self.embed(batch) for batch in loader])
         return self._features
 
     def __getitems__(self,
