@@ -265,7 +265,7 @@ class EmbeddedImages:
         "All features, (N, D) float32, computed once"
         if self._features is None:
             loader = make_loader(self.images, self.batch_size, train=False)
-            with torch.random.fork_rng(devices=[]):     # a loader draws a number, from which dropout goes on
+            with torch.random.fork_rng(devices=[]):     # which the loader would draw from
                 self._features = torch.cat([self.embed(batch) for batch in loader])
         return self._features
 
