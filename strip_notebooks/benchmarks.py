@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['seconds_in_turns', 'Comparison', 'benchmark_table', 'image_folder_loader', 'compare_loaders', 'count_decodes',
            'noise_batches', 'bare_epoch', 'noise_task', 'compare_epochs', 'timed_step', 'compare_steps',
-           'precision_sentence', 'scikit_learn_values', 'compare_bootstraps', 'drawn_slide', 'compare_overviews',
-           'overview_memory', 'compare_imports']
+           'precision_sentence', 'frozen_trainers', 'compare_frozen', 'scikit_learn_values', 'compare_bootstraps',
+           'drawn_slide', 'compare_overviews', 'overview_memory', 'compare_imports']
 
 # %% ../nbs/910_benchmarks.ipynb #2ccb937b
 import subprocess, sys, time
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import derive_seed
+from .core import StripError, derive_seed, plural
 from .statistics import bootstrap_weights, prior_shift
 
 # %% ../nbs/910_benchmarks.ipynb #352a2df2
@@ -243,6 +243,46 @@ def precision_sentence(
             f'so the trainer picked {precision}. That leaves the memory layout and the fused optimizer. '
             'The target of 2x assumes bfloat16, and needs '
             "a processor with these instructions, such as AMD's since Zen 4 or Intel's Xeons since Sapphire Rapids.")
+
+# %% ../nbs/910_benchmarks.ipynb #36d322a1
+def frozen_trainers(
+    cohort:pd.DataFrame,    # Images with labels
+    cache,                  # Their cache
+    folder,                 # For checkpoints
+    epochs:int=10,          # Of the head
+    arch:str='resnet18',    # A name of timm
+)->list:                    # Two trainers: on features, and through the network
+    "Trainers of the same head, on features that are computed once and through the frozen network"
+    from strip_notebooks.splits import split_patients
+    from strip_notebooks.training.classifier import FrozenClassifier, ImageClassifier, make_config
+    from strip_notebooks.training.trainer import Trainer
+    split = split_patients(cohort, (.6, .2, .2))
+    trainers = []
+    for features,task in dict(frozen=FrozenClassifier, trained=ImageClassifier).items():
+        config = make_config(arch=arch, epochs=epochs, features=features, trainable='head', policy='none', device='cpu')
+        trainers.append(Trainer(task(split, cache, cache.preprocessing, config), config, Path(folder)/features))
+    return trainers
+
+# %% ../nbs/910_benchmarks.ipynb #0c058fe1
+def compare_frozen(
+    cohort:pd.DataFrame,    # Images with labels
+    cache,                  # Their cache
+    folder,                 # For checkpoints
+    epochs:int=10,          # Of the head
+    arch:str='resnet18',    # A name of timm
+)->Comparison:
+    "A training of the head on frozen features against the same through the frozen network; they must predict the same"
+    times, logits = [], []
+    for trainer in frozen_trainers(cohort, cache, folder, epochs, arch):
+        began = time.perf_counter()
+        trainer.fit()
+        times.append(time.perf_counter() - began)
+        logits.append(trainer.predict(trainer.best_net, trainer.val_loader))
+    apart = (logits[0].softmax(1) - logits[1].softmax(1)).abs().max().item()
+    if apart > .01: raise StripError(f'Frozen features predict otherwise than the network, by up to {apart:.2g}.')
+    return Comparison('frozen', f'{plural(epochs, "epoch")} of the head on frozen features, {arch}',
+                      'the same through the frozen network', times[1]/times[0], 8, True,
+                      f'{times[0]:.1f} and {times[1]:.1f} s, predictions apart by {apart:.0e} at most')
 
 # %% ../nbs/910_benchmarks.ipynb #6d29110b
 def _calibration_error(y, p, bins=10):

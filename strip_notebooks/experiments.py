@@ -413,9 +413,10 @@ def check_names(
     parent,         # The run that it builds on, or None
 )->None:
     "A `StripError` for a model or a positive class that does not exist"
-    from strip_notebooks.models import create_model
+    from strip_notebooks.models import create_model, resolve_arch
     from strip_notebooks.records import Prepared
-    if parameters.get('arch', 'simple_cnn') != 'simple_cnn': create_model(parameters['arch'])
+    arch = resolve_arch(parameters.get('arch', 'simple_cnn'), parameters.get('pretrained', ''))[0]
+    if arch != 'simple_cnn': create_model(arch)
     if not (parent and parameters.get('positive')): return
     classes = (parent if parent.step == 'prepare' else parent.origin('prepare')).record(Prepared).classes
     if parameters['positive'] in classes: return

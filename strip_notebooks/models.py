@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['ModelError', 'conv_block', 'SimpleCNN', 'simple_cnn', 'timm_registry', 'parameter_stages', 'unfreeze',
-           'training_mode', 'read_weights', 'load_weights', 'hub_weights', 'out_of_place', 'is_arch', 'check_arch',
-           'create_model', 'model_summary', 'summary_table']
+           'training_mode', 'read_weights', 'load_weights', 'hub_file', 'hub_weights', 'out_of_place', 'split_arch',
+           'join_arch', 'hub_config', 'resolve_arch', 'is_arch', 'check_arch', 'create_model', 'weight_statistics',
+           'model_summary', 'summary_table']
 
 # %% ../nbs/300_models.ipynb #da1550ef
-import socket, os
+import ast, os, socket
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
 
-from .core import StripError, nearest, plural
+from .core import StripError, nearest, plural, read_json
 
 # %% ../nbs/300_models.ipynb #9c0c4cf1
 class ModelError(StripError):
@@ -85,9 +86,15 @@ def _head(model):
     raise ModelError(f'{type(model).__name__} has no classifier with weights, so it cannot be trained or frozen '
                      'by stages; choose another architecture.')
 
+def _only_norms(model, names):
+    "Whether all these parameters belong to normalization layers"
+    owners = (model.get_submodule(n.rpartition('.')[0]) for n in names)
+    return all('Norm' in type(m).__name__ for m in owners)
+
+# %% ../nbs/300_models.ipynb #307d183c
 def parameter_stages(
     model:nn.Module,        # From `create_model`
-)->list[list[str]]:         # Names of the parameters of each stage; the last stage is the classifier alone
+)->list[list[str]]:         # Names of the parameters of each stage; the last stage is the classifier with its norm
     "The stages by which a model is frozen and unfrozen, from the stem to the head"
     from timm.models import group_parameters
     head = _head(model)
@@ -96,7 +103,9 @@ def parameter_stages(
         raise ModelError(f'{type(model).__name__} does not define its stages, so it cannot be frozen by stages; '
                          'choose another architecture.') from e
     stages = [[n for n in groups[k] if n not in head] for k in sorted(groups)]
-    return [s for s in stages if s] + [head]
+    stages = [s for s in stages if s]
+    while stages and _only_norms(model, stages[-1]): head = stages.pop() + head
+    return stages + [head]
 
 # %% ../nbs/300_models.ipynb #56c786f4
 def unfreeze(
@@ -160,12 +169,12 @@ def load_weights(
     model:nn.Module,    # From `create_model`
     path,               # A safetensors file with weights of the same architecture
 )->nn.Module:           # The same model
-    "Load weights, adapting the first convolution and leaving out a head of another size, and nothing else"
+    "Load weights, adapting the first convolution and leaving out the head, and nothing else"
     weights = _adapt_first(model, read_weights(path), path)
     own = model.state_dict()
-    head = set(parameter_stages(model)[-1])
+    head = set(_head(model))
     def fits(name): return name in own and weights[name].shape == own[name].shape
-    weights = {n: w for n,w in weights.items() if fits(n) or n not in head or n not in own}
+    weights = {n: w for n,w in weights.items() if n not in head}
     wrong = [n for n in weights if not fits(n)] + [n for n in own if n not in weights and n not in head]
     if wrong:
         raise ModelError(f"{path} does not fit {type(model).__name__}: {len(wrong)} of its tensors missing, unknown "
@@ -198,19 +207,27 @@ def _download(source, file, seconds):
         socket.create_connection((host.split(':')[0], 443), seconds).close()
     return hf_hub_download(source, file, etag_timeout=seconds)
 
-def hub_weights(
-    model:nn.Module,    # A timm model, which knows where its weights are published
+# %% ../nbs/300_models.ipynb #dc9784d3
+def hub_file(
+    source:str,         # OWNER/NAME on the hub
+    file:str,           # Name of a file there
     seconds:float=5,    # Longest wait for the hub to answer
-)->str:                 # Path of the safetensors file in the hub's cache
-    "Download the published weights of a model, or find them in the cache; a `ModelError` names the local way if not"
+)->str:                 # Path in the hub's cache
+    "Download a file of the hub, or find it in the cache; a `ModelError` names the local way if not"
     from huggingface_hub import try_to_load_from_cache
-    source,file = _published(model)
     cached = try_to_load_from_cache(source, file)
     if isinstance(cached, str): return cached
     try: return _download(source, file, seconds)
     except Exception as e:
         raise ModelError(f'The pretrained weights ({source}) could not be downloaded: {type(e).__name__}. '
                          f'Without a network, download {file} of {source} elsewhere and {_local}.') from e
+
+# %% ../nbs/300_models.ipynb #13dd4a5b
+def hub_weights(
+    model:nn.Module,    # A timm model, which knows where its weights are published
+)->str:                 # Path of the safetensors file in the hub's cache
+    "The published weights of a model, see `hub_file`"
+    return hub_file(*_published(model))
 
 # %% ../nbs/300_models.ipynb #786b5afa
 def out_of_place(
@@ -224,11 +241,60 @@ def out_of_place(
     return model
 
 # %% ../nbs/300_models.ipynb #09db8fe2
+def split_arch(
+    arch:str,   # Such as 'resnet18' or 'vit_tiny_patch16_224(dynamic_img_size=True)'
+)->tuple:       # The name, and its arguments as a dict
+    "An architecture and its arguments; a `ModelError` if they are not name=value"
+    name,bracket,inside = str(arch).partition('(')
+    if not bracket: return name, {}
+    try:
+        call = ast.parse(f'f({inside}', mode='eval').body
+        if not isinstance(call, ast.Call) or call.args or not all(k.arg for k in call.keywords): raise ValueError
+        return name, {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AttributeError, TypeError):
+        raise ModelError(f'The arguments of {arch!r} cannot be read; '
+                         'write them as in NAME(dynamic_img_size=True, init_values=1e-5).') from None
+
+def join_arch(
+    name:str,       # Of an architecture
+    arguments:dict, # Name -> plain value
+)->str:
+    "An architecture with its arguments, as `split_arch` reads it"
+    inside = ', '.join(f'{k}={v!r}' for k,v in sorted(arguments.items()))
+    return f'{name}({inside})' if arguments else name
+
+# %% ../nbs/300_models.ipynb #d2cf9434
+_hub = 'hf-hub:'
+
+def hub_config(
+    source:str,     # OWNER/NAME on the hub
+    pretrained='',  # A local file with the weights; a config.json beside it is taken first
+)->dict:            # architecture, model_args, pretrained_cfg
+    "What a model of the hub is; a `ModelError` if that cannot be known"
+    weights = Path(pretrained)
+    beside = weights.parent/'config.json'
+    path = beside if weights.is_file() and beside.is_file() else hub_file(source, 'config.json')
+    return read_json(path, ['architecture'])
+
+def resolve_arch(
+    arch:str,       # As the user names it
+    pretrained='',  # As for `create_model`
+)->tuple:           # Name in timm with arguments, and what is known about the weights, as timm's `pretrained_cfg`
+    "The architecture behind a name of the hub; others are what they say"
+    name,arguments = split_arch(arch)
+    if not name.startswith(_hub): return arch, {}
+    config = hub_config(name.removeprefix(_hub), '' if pretrained is True else pretrained)
+    about = config.get('pretrained_cfg') or {}
+    known = {k: about[k] for k in ('mean', 'std') if k in about}
+    known['hf_hub_id'] = name.removeprefix(_hub)
+    return join_arch(config['architecture'], {**(config.get('model_args') or {}), **arguments}), known
+
+# %% ../nbs/300_models.ipynb #6914a61c
 def is_arch(
     name:str,   # Such as 'simple_cnn', 'resnet18', 'efficientnet_b0', 'convnext_tiny.fb_in22k'
 )->bool:
     "Whether `create_model` knows an architecture of that name"
-    return isinstance(name, str) and ':' not in name and timm_registry().is_model(name)
+    return isinstance(name, str) and ':' not in name and timm_registry().is_model(split_arch(name)[0])
 
 def check_arch(
     name:str,   # Such as 'resnet18'
@@ -241,8 +307,9 @@ def check_arch(
 def _build(arch, n_classes, in_channels, dropout):
     "An architecture at its random start"
     create = timm_registry().create_model
-    drop = dict(drop_rate=dropout) if dropout else {}
-    try: model = create(check_arch(arch), num_classes=n_classes, in_chans=in_channels, **drop)
+    name,arguments = split_arch(check_arch(arch))
+    if dropout: arguments['drop_rate'] = dropout
+    try: model = create(name, num_classes=n_classes, in_chans=in_channels, **arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError) as e:
         raise ModelError(f'{arch} cannot be built with {plural(n_classes, "class")}, '
                          f'{in_channels} input channels and dropout {dropout}: {e}.') from e
@@ -250,7 +317,7 @@ def _build(arch, n_classes, in_channels, dropout):
 
 # %% ../nbs/300_models.ipynb #e8ac3ab2
 def create_model(
-    arch:str,               # 'simple_cnn' or any name of timm, such as 'resnet18' or 'efficientnet_b0'
+    arch:str,               # 'simple_cnn', a name of timm, or 'hf-hub:OWNER/NAME'; arguments in parentheses
     n_classes:int=2,        # Classes, 2 or more
     in_channels:int=3,      # Channels of the images, 1 or more
     dropout:float=0.,       # Share of features dropped before the head, 0 to below 1
@@ -261,10 +328,24 @@ def create_model(
     if n_classes < 2 or in_channels < 1 or not 0 <= dropout < 1:
         raise ModelError(f'n_classes={n_classes}, in_channels={in_channels}, dropout={dropout}: '
                          'at least 2 classes and 1 channel are needed, and dropout is from 0 to below 1.')
+    arch,about = resolve_arch(arch, pretrained)
     model = _build(arch, n_classes, in_channels, dropout)
+    model.pretrained_cfg = {**model.pretrained_cfg, **about}
     if pretrained is True: load_weights(model, hub_weights(model))
     elif pretrained: load_weights(model, pretrained)
     return unfreeze(model, trainable)
+
+# %% ../nbs/300_models.ipynb #6a03d496
+def weight_statistics(
+    arch:str,       # As for `create_model`
+    pretrained,     # As for `create_model`
+)->tuple:           # Mean and spread of each channel, 0 to 1; empty tuples if nothing is known
+    "The normalization that pretrained weights were trained with"
+    if not pretrained: return (), ()
+    name,about = resolve_arch(arch, pretrained)
+    own = timm_registry().get_pretrained_cfg(split_arch(name)[0])
+    mean,spread = (about.get(k) or getattr(own, k, None) or () for k in ('mean', 'std'))
+    return tuple(mean), tuple(spread)
 
 # %% ../nbs/300_models.ipynb #7a577669
 def _multiply_adds(model, size):

@@ -203,18 +203,112 @@ def test_unfreezing_continues(cohort, tmp_path):
 
 def test_the_plateau_continues(cohort, tmp_path):
     "The rate falls after four epochs without a better score, of which two lie before the interruption"
-    whole = interrupted_and_whole(cohort, tmp_path, at=2, schedule='plateau', lr=1e-12, ema=0., epochs=7)
+    whole = interrupted_and_whole(cohort, tmp_path, at=2, schedule='plateau', lr=1e-12, ema=0., norm_batches=0, epochs=7)
     assert whole.history.lr.iloc[0] == 1e-12 and whole.history.lr.iloc[-1] == pytest.approx(5e-13, rel=1e-9)
 
 def test_patience_continues(cohort, tmp_path):
-    whole = interrupted_and_whole(cohort, tmp_path, at=2, patience=2, monitor='auc', lr=1e-12, ema=0., epochs=9)
+    whole = interrupted_and_whole(cohort, tmp_path, at=2, patience=2, monitor='auc', lr=1e-12, ema=0., norm_batches=0, epochs=9)
     assert len(whole.history) == 3
+
+def test_norms_continue_and_the_plateau_lowers_the_rate_of_a_constant_auc(cohort, tmp_path):
+    """Without a running mean of the weights, the measured statistics are those of the network that trains on; an AUC that
+    never improves is negative for the schedule, of which torch's relative threshold makes an improvement"""
+    import torch
+    from strip_notebooks.training.config import TrainerConfig
+    from strip_notebooks.training.trainer import Trainer
+    interrupted_and_whole(cohort, tmp_path, at=2, ema=0., norm_batches=2)
+    task = bag_task()
+    task.better, task.scores = dict(auc='high'), lambda logits: dict(auc=.7)
+    config = TrainerConfig(epochs=6, schedule='plateau', monitor='auc', lr=.01, precision='32-true', device='cpu')
+    assert Trainer(task, config, tmp_path/'plateau').fit().lr.tolist() == [.01]*5 + [.005]
 
 def test_bf16_continues(cohort, tmp_path):
     whole = interrupted_and_whole(cohort, tmp_path, precision='bf16-mixed', epochs=2)
     exact = interrupted_and_whole(cohort, tmp_path/'exact', epochs=2)
     assert whole.history.train_loss.tolist() != exact.history.train_loss.tolist()
     assert whole.history.train_loss.tolist() == pytest.approx(exact.history.train_loss.tolist(), abs=.05)
+
+def test_frozen_features_continue_and_move_the_head_alone(cohort, tmp_path):
+    "The bundle holds the whole network: the body with the bits of its start, and a head that has learned"
+    import torch
+    from strip_notebooks.bundle import load_bundle
+    from strip_notebooks.training.classifier import FrozenClassifier, make_config
+    from strip_notebooks.training.trainer import Trainer
+    frozen = dict(features='frozen', mixup=0.)
+    whole = interrupted_and_whole(cohort, tmp_path, **frozen)
+    config = make_config(**{**settings, **frozen})
+    task = FrozenClassifier(*material(cohort), config)
+    Trainer(task, config, tmp_path/'start')
+    start,learned = task.body.state_dict(),load_bundle(whole.bundle_path).model.state_dict()
+    assert [n for n in start if not torch.equal(start[n], learned[n])] == ['head.weight', 'head.bias']
+
+def test_frozen_features_are_killed_and_resume(cohort, tmp_path):
+    more = dict(features='frozen', mixup=0.)
+    assert finish(run, cohort, tmp_path/'whole', **more) == 0
+    for when in ('before', 'after'):
+        killed = partial(kill_at, 'epoch-000002', when)
+        assert finish(run, cohort, tmp_path/when, before=killed, **more) == -signal.SIGKILL
+        assert finish(run, cohort, tmp_path/when, **more) == 0
+        assert result(tmp_path/when) == result(tmp_path/'whole')
+
+def test_frozen_features_predict_what_the_frozen_network_predicts(cohort, tmp_path):
+    import numpy as np
+    from strip_notebooks.training.classifier import make_config, train
+    same = {**settings, **dict(policy='none', mixup=0., dropout=0., trainable='head')}
+    results = [train(*material(cohort), make_config(**same, features=f), tmp_path/f) for f in ('trained', 'frozen')]
+    through,on_features = (r.predictions.p_LAA for r in results)
+    np.testing.assert_allclose(through, on_features, rtol=0, atol=1e-4)
+
+def test_a_network_with_more_than_a_linear_head_is_not_trained_on_features(cohort, monkeypatch):
+    from strip_notebooks.models import ModelError, SimpleCNN
+    from strip_notebooks.training.classifier import FrozenClassifier, make_config
+    monkeypatch.setattr(SimpleCNN, 'forward', lambda self, x: 2*self.forward_head(self.forward_features(x)) + 1)
+    task = FrozenClassifier(*material(cohort), make_config(features='frozen'))
+    with pytest.raises(ModelError, match="simple_cnn does more than a linear layer .* trainable='head'"): task.network()
+
+@pytest.fixture
+def downloaded(tmp_path):
+    "What a model of the hub consists of, in a folder: weights, with a head for two classes, and config.json beside them"
+    import json, timm, torch
+    from safetensors.torch import save_file
+    torch.manual_seed(1)
+    model = timm.create_model('test_vit', num_classes=2, dynamic_img_size=True, init_values=1e-5)
+    path = tmp_path/'downloaded'/'model.safetensors'
+    path.parent.mkdir()
+    save_file(model.state_dict(), path)
+    about = dict(architecture='test_vit', model_args=dict(dynamic_img_size=True, init_values=1e-5),
+                 pretrained_cfg=dict(mean=[.7, .5, .6], std=[.2, .3, .25]))
+    path.with_name('config.json').write_text(json.dumps(about))
+    return path
+
+def test_a_downloaded_model_of_the_hub_is_trained_without_the_hub(cohort, downloaded, tmp_path, monkeypatch):
+    """Its arguments and its normalization come from the config.json, its weights from the file, its head from nowhere: the
+    file's head has the same size, and is another task's. The bundle needs neither file nor hub."""
+    import torch
+    from safetensors.torch import load_file
+    from strip_notebooks import models
+    from strip_notebooks.bundle import load_bundle
+    monkeypatch.setattr(models, '_download', lambda *_: pytest.fail('the hub is asked'))
+    more = dict(arch='hf-hub:somebody/clots', pretrained=str(downloaded), features='frozen', mixup=0.)
+    whole = interrupted_and_whole(cohort, tmp_path, **more)
+    weights = load_file(downloaded)
+    downloaded.unlink()
+    bundle = load_bundle(whole.bundle_path)
+    learned = bundle.model.state_dict()
+    assert bundle.spec['arch'] == 'test_vit(dynamic_img_size=True, init_values=1e-05)'
+    assert (bundle.preprocessing.shift, bundle.preprocessing.scale) == ((.7, .5, .6), (.2, .3, .25))
+    assert learned.keys() == weights.keys()
+    assert {n for n in weights if not torch.equal(weights[n], learned[n])} == {'head.weight', 'head.bias'}
+
+def test_the_head_of_another_task_is_not_taken_over(downloaded):
+    import torch
+    from safetensors.torch import load_file
+    from strip_notebooks.models import ModelError, create_model
+    weights = load_file(downloaded)
+    net = create_model('hf-hub:somebody/clots', 2, pretrained=str(downloaded))
+    assert net.head.weight.shape == weights['head.weight'].shape and not torch.equal(net.head.weight, weights['head.weight'])
+    assert torch.equal(net.patch_embed.proj.weight, weights['patch_embed.proj.weight'])
+    with pytest.raises(ModelError, match='does not fit .* give weights of the same architecture'): create_model('test_vit', 2, pretrained=str(downloaded))
 
 def test_a_corrupt_last_checkpoint_falls_back_and_says_so(cohort, tmp_path, capsys):
     from strip_notebooks.training.classifier import make_config, train
@@ -231,8 +325,10 @@ def test_a_corrupt_last_checkpoint_falls_back_and_says_so(cohort, tmp_path, caps
     assert 'epoch-000003.safetensors is corrupt (ValueError). Resuming from the checkpoint before it.' in capsys.readouterr().out
     assert again.history.equals(whole.history) and file_hash(again.bundle_path/'weights.safetensors') == weights
 
-def test_accumulated_batches_equal_one_large_batch(cohort, tmp_path):
-    "Three of four images, twice: the last group of an epoch has batches of unequal size. Normalization is frozen, as it sees each batch alone"
+@pytest.mark.parametrize('loss', ['cross_entropy', 'weighted_cross_entropy'])
+def test_accumulated_batches_equal_one_large_batch(cohort, tmp_path, loss):
+    """Batches of unequal size, and of unequal weight where the loss is weighted. Normalization is frozen, as it sees each
+    batch alone"""
     import torch
     from strip_notebooks.training.classifier import make_config, train
     from strip_notebooks.bundle import load_bundle
@@ -244,7 +340,7 @@ def test_accumulated_batches_equal_one_large_batch(cohort, tmp_path):
     heads = []
     for size,accumulate in [(12, 1), (6, 2)]:
         config = make_config(**{**settings, **dict(batch_size=size, accumulate=accumulate, trainable='head', policy='none', mixup=0., dropout=0., ema=0.,
-                                                   balance='', optimizer='sgd', lr=.1, clip=0., epochs=2)})
+                                                   balance='', optimizer='sgd', lr=.1, loss=loss, clip=0., epochs=2)})
         bundle = load_bundle(train(images, cache, preprocessing, config, tmp_path/str(accumulate)).bundle_path)
         heads.append(bundle.model.head.weight.detach())
     torch.testing.assert_close(*heads, rtol=0, atol=1e-6)

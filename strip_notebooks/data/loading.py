@@ -78,22 +78,28 @@ class _Batches:
         self.balance = balance
         self.seed = seed
         self.epoch = 0
-    def __len__(self): return -(-len(self.images)//self.batch_size)
+        one_each = train and balance == 'patient'
+        self.total = len(set(images.patients)) if one_each else len(images)
+    def __len__(self): return -(-self.total//self.batch_size)
     def __iter__(self):
         order = self.order()
         repeat = pd.Series(order).groupby(order).cumcount()
         items = [(int(r), self.epoch, int(k)) for r,k in zip(order, repeat)]
-        for i in range(0, len(items), self.batch_size): yield items[i:i+self.batch_size]
+        borders = [i*len(items)//len(self) for i in range(len(self) + 1)]
+        for start,end in zip(borders, borders[1:]): yield items[start:end]
 
+# %% ../../nbs/190_data.loading.ipynb #5cd2e1fa
 @patch
 def order(self:_Batches):
     "The rows of an epoch, in order"
     n = len(self.images)
     if not self.train: return np.arange(n)
     rng = np.random.default_rng(derive_seed(self.seed, 'order', self.epoch))
-    if not self.balance: return rng.permutation(n)
-    group = self.images.targets if self.balance == 'class' else pd.factorize(self.images.patients)[0]
-    share = 1/np.bincount(group)[group]
+    if self.balance != 'class':
+        rows = rng.permutation(n)
+        again = pd.Series(self.images.patients[rows]).duplicated().to_numpy()
+        return rows[~again] if self.balance == 'patient' else rows
+    share = 1/np.bincount(self.images.targets)[self.images.targets]
     return rng.choice(n, n, p=share/share.sum())
 
 # %% ../../nbs/190_data.loading.ipynb #09cadf78
@@ -109,9 +115,9 @@ def _same(batch): return batch
 
 def make_loader(
     images:CohortImages,    # What to load
-    batch_size:int=32,      # Images per batch; the last of an epoch may be smaller
+    batch_size:int=32,      # Most images per batch; the batches of an epoch differ by one at most
     train:bool=True,        # A new order each epoch; False keeps the cohort's
-    balance:str|None=None,  # For training: None, 'class' or 'patient' to draw each equally often
+    balance:str|None=None,  # For training: None, 'class' to draw each equally often, 'patient' for one image of each
     workers:int=0,          # Processes beside this one
     seed:int=0,             # Decides the order
 ):                          # A torch DataLoader with `set_epoch`; batches as `CohortImages` gives them
