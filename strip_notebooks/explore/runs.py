@@ -65,25 +65,28 @@ def run_about(
     return paragraph(state) + lines + (table_html(table) if len(table) else '')
 
 # %% ../../nbs/944_explore.runs.ipynb #67207ae0
-def _two(first, second):
+def _two(first, second, n_resamples):
     "The paired differences of two results as HTML"
-    table = compare(first.patients, second.patients, (first.threshold, second.threshold), positive=first.positive)
+    table = compare(first.patients, second.patients, (first.threshold, second.threshold), n_resamples=n_resamples,
+                    positive=first.positive)
     words = (f"first: {first.model}; second: {second.model}; {plural(table.attrs['patients'], 'test patient')}; low and "
              f"high: 95 % CI of the paired difference, first minus second. DeLong's test of the two AUCs: "
              f"{p_text(table.attrs['delong_p'])}.")
     return paragraph(words) + table_html(table[['first', 'second', 'difference', 'low', 'high', 'verdict']])
 
 def comparison(
-    runs,       # Runs of evaluate or evaluate_table
-    home=None,  # The workspace's folder; None finds it
-)->str:         # HTML
+    runs,                   # Runs of evaluate or evaluate_table
+    home=None,              # The workspace's folder; None finds it
+    n_resamples:int=2000,   # Resamples of patients
+)->str:                     # HTML
     "The comparison of two or more evaluations, or a sentence that says why there is none"
     if len(runs) < 2: return paragraph('Choose two evaluations or more (with Ctrl or Shift), then compare.')
     try:
         found = [evaluated_result(run, home) for run in runs]
         if len({r.positive for r in found}) > 1: raise StripError('The positive class differs between these runs.')
-        if len(found) == 2: return _two(*found)
-        pairs = compare_pairs({f'{r.model}, {r.name}': r.patients for r in found}, positive=found[0].positive)
+        if len(found) == 2: return _two(*found, n_resamples)
+        models = {f'{r.model}, {r.name}': r.patients for r in found}
+        pairs = compare_pairs(models, n_resamples, positive=found[0].positive)
         return paragraph('AUC of each pair; p_holm is corrected for the number of pairs.') + table_html(pairs)
     except StripError as e: return paragraph(f'These runs cannot be compared: {e}')
 
