@@ -31,12 +31,19 @@ def _result(row):
     validation = row.get('validation_auc', float('nan'))
     return f'validation AUC {validation:.2f}' if validation == validation else ''
 
+def _model(row, root):
+    "The architecture, or the name of the table of someone else's predictions"
+    if row['step'] != 'evaluate_table': return row['model']
+    try: return Path(Run(Path(root)/row['run']).parameters['table']).stem
+    except (StripError, KeyError, TypeError): return ''
+
 def run_table(
     root,               # The folder of all runs
 )->pd.DataFrame:        # Index run; step, state, data, model, epochs, minutes, result; the newest first
     "The runs as a browser lists them"
     runs = list_experiments(root)
-    runs['result'] = [_result(row) for row in runs.to_dict('records')]
+    rows = runs.to_dict('records')
+    runs['result'], runs['model'] = [_result(row) for row in rows], [_model(row, root) for row in rows]
     columns = ['run', 'step', 'state', 'data', 'model', 'epochs', 'minutes', 'result']
     return runs.reindex(columns=columns)[::-1].set_index('run')
 
