@@ -154,7 +154,7 @@ def save_predictions(
     "Check `predictions` and write them"
     write_csv(path, check_predictions(predictions))
 
-# %% ../nbs/020_predictions.ipynb #352a5c1a
+# %% ../nbs/020_predictions.ipynb #57dc1ead
 def _with_lines(table, text):
     "`table` with an index 'line': the line of the CSV that each row ends in"
     records = csv.reader(StringIO(text))
@@ -162,6 +162,7 @@ def _with_lines(table, text):
     if len(lines) != len(table): lines = range(2, len(table) + 2)   # quotes that pandas and csv read differently
     return table.set_axis(pd.Index(lines, name='line'))
 
+# %% ../nbs/020_predictions.ipynb #352a5c1a
 def _read_text_table(path):
     "A CSV with every cell as text; a `PredictionsError` if it is none"
     if not Path(path).is_file(): raise PredictionsError('it does not exist or is not a file.')

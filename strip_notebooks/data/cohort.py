@@ -70,11 +70,13 @@ def _no_column(columns, missing, where='The cohort'):
     "The sentence about columns that are missing: which there are, and how others take their place"
     columns = [str(c) for c in columns]
     lacks = f'{where} has no column {listing(map(repr, missing))}'
-    free = [c for c in columns if c not in columns_needed] if _is_header(columns) else []
+    there, free = 'the first line must name the columns', []
+    if _is_header(columns):
+        free = [c for c in columns if c not in columns_needed]
+        there = f'its columns are {listing(columns[:20] + ["others"]*(len(columns) > 20))}'
     close = {c: difflib.get_close_matches(c, free, n=1, cutoff=.5) for c in missing}
     pairs = ','.join(f'{c}={found[0] if found else "NAME"}' for c, found in close.items())
-    there = f'its columns are {listing(columns[:20])}' if _is_header(columns) else 'the first line must name the columns'
-    return (f'{lacks}; {there}{", and others" if free and len(columns) > 20 else ""}. If it has another name, '
+    return (f'{lacks}; {there}. If it has another name, '
             f'map it: --columns {pairs} (for `clot run prepare`, -p columns={pairs}).')
 
 # %% ../../nbs/140_data.cohort.ipynb #ae442db7
