@@ -236,7 +236,9 @@ def import_predictions(
                                        f'If it has another name, add --columns {c}=NAME.')
         found = _class_columns(table)
         p = pd.DataFrame({name: _numbers(table[c], c) for name,c in found.items()}, index=table.index)
-        p = _complete(p, sorted(set(table.label.str.strip()) - {''}))
+        labels = sorted(set(table.label.str.strip()) - {''})
+        if not labels: raise PredictionsError('no row has a label.')
+        p = _complete(p, labels)
         kept = table[[c for c in ('image_id', 'patient_id', 'label', 'center_id', 'split') if c in table]]
         if 'image_id' not in kept: kept = kept.assign(image_id=[f'row {i + 1}' for i in range(len(kept))])
         kept = kept.assign(label=kept.label.str.strip(), **{f'p_{c}': p[c] for c in sorted(p)})
