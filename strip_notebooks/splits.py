@@ -53,7 +53,7 @@ def _exchanges(patients, split, rng, tries=2000):
         if split[i] != split[j]: yield i, j
 
 def _even_centers(patients, split, rng, rounds=50):
-    "`split` after exchanges within classes that bring the counts of each center, over all classes, nearer to their shares"
+    "`split` after exchanges within classes that bring each center, over all classes, nearer to its shares"
     center, split = patients.center_id.factorize()[0].tolist(), split.tolist()
     counts = pd.crosstab(np.array(center), np.array(split)).to_numpy()
     excess = (counts - np.outer(counts.sum(1), counts.sum(0))/counts.sum()).tolist()
