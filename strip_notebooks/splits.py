@@ -327,7 +327,7 @@ def nested_folds(
     inner:int=4,            # Folds that choose, inside the training set of each outer fold
     seed:int=0,             # Decides which patient goes where
 )->pd.DataFrame:            # outer, patient_id, inner: the fold for validation, <NA> where the patient is tested
-    "Inner folds for each outer fold, by patient, stratified, even over centers. `SplitError` on too few patients of a class"
+    "Inner folds for each outer fold, by patient, stratified, even over centers. `SplitError` on too few of a class"
     outer_folds = fold_patients(cohort, outer, seed=seed)
     tables = [_inner_folds(cohort, outer_folds, o, inner, seed) for o in range(outer)]
     out = pd.concat(tables, ignore_index=True)
