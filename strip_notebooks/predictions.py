@@ -215,11 +215,13 @@ def _complete(p, labels):
         raise PredictionsError(f'the labels are {listing(labels)}, and the classes with a probability column are '
                                f'{listing(p.columns) or "none"}. Each class needs a column such as '
                                f'p_{labels[-1]}; of two classes, one is enough.')
-    total = p.sum(axis=1).to_numpy()
-    bad = ~(((p >= 0) & (p <= 1)).all(axis=1).to_numpy() & (abs(total - 1) <= .01))
+    shares = ((p >= 0) & (p <= 1)).all(axis=1)
+    total = p.where(shares, axis=0).sum(axis=1).to_numpy()
+    bad = ~(shares.to_numpy() & (abs(total - 1) <= .01))
     if bad.any():
-        raise PredictionsError(f'{plural(bad.sum(), "row")} without probabilities from 0 to 1 that sum to 1, '
-                               f'the first is {place_of(p, bad.argmax())}. Are they logits?')
+        raise PredictionsError(f'{plural(bad.sum(), "row")} without probabilities from 0 to 1 of {listing(p.columns)} '
+                               f'that sum to 1, the first is {place_of(p, bad.argmax())}. '
+                               'Are they logits or percentages, or is there another class without patients?')
     return p.div(total, axis=0)
 
 # %% ../nbs/020_predictions.ipynb #2647e42b
