@@ -245,7 +245,7 @@ def _left_out_center(patients, least=5):
 
 # %% ../nbs/990_cli.ipynb #62bddc31
 def _program():
-    "What to type for this program, in this folder"
+    "How this program is started here"
     return 'clot' if shutil.which('clot') else min(os.path.relpath(sys.argv[0]), os.path.abspath(sys.argv[0]), key=len)
 
 def _demo_words(args):

@@ -5,6 +5,7 @@ folded below its signature and the meaning of each argument, the housekeeping ce
 linked to the page that explains it. nbdev has processors that do this, one small change each; four are replaced here.
 """
 import ast, re
+from html import escape
 from importlib import import_module
 from io import StringIO
 from itertools import takewhile
@@ -86,11 +87,11 @@ def field_rows(
 def field_tables(
     cell,           # Code cell
 )->str:             # Markdown; empty without fields
-    "The fields of the classes that a cell defines, as tables"
+    "The fields of the classes that a cell defines, as tables; names are HTML, so that no function of that name is linked"
     tables = []
     for node in (c for c in cell.parsed_() or () if isinstance(c, ast.ClassDef)):
         rows = list(field_rows(node, cell.source))
-        lines = [f'| `{name}` | `{kind}` | {f"`{default}`" if default else ""} | {about} |'.replace('``', '')
+        lines = [f'| <code>{name}</code> | `{kind}` | {f"<code>{escape(default)}</code>" if default else ""} | {about} |'
                  for name, kind, default, about in [tuple(str(v).replace('|', '\\|') for v in row) for row in rows]]
         if rows: tables += [f'Fields of `{node.name}`:', '', '| name | type | default | meaning |', '|---|---|---|---|', *lines, '']
     return '\n'.join(tables)
