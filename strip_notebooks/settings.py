@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['step_settings', 'check_pairs', 'check_window_pair', 'check_split', 'check_images', 'CohortSettings',
-           'ReadingSettings', 'PixelSettings', 'PrepareSettings', 'TrainSettings', 'EvaluateSettings', 'check_table',
-           'EvaluateTableSettings', 'DeriveSettings', 'ReportSettings', 'BenchmarkSettings', 'setting_parameters',
-           'setting_range']
+           'ReadingSettings', 'PixelSettings', 'PrepareSettings', 'TrainSettings', 'CrossvalSettings',
+           'EvaluateSettings', 'check_table', 'EvaluateTableSettings', 'DeriveSettings', 'ReportSettings',
+           'BenchmarkSettings', 'setting_parameters', 'setting_range']
 
 # %% ../nbs/895_settings.ipynb #9e349596
 from typing import Literal, get_args, get_origin
@@ -124,6 +124,11 @@ class PrepareSettings(PixelSettings):
 class TrainSettings(TrainConfig):
     "How a model is trained, and on what"
     prepare_run:str = Field('', description='A run of prepare; empty takes the newest')
+
+# %% ../nbs/895_settings.ipynb #b98b5f88
+class CrossvalSettings(TrainSettings, CrossvalConfig):
+    "Which patients test which models, and how each model is trained"
+    resamples:int = Field(2000, ge=100, le=100_000, description='Bootstrap resamples of patients')
 
 # %% ../nbs/895_settings.ipynb #5fda3a5a
 class EvaluateSettings(Settings):
