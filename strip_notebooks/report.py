@@ -325,8 +325,7 @@ def optional_table(
 
 # %% ../nbs/950_report.ipynb #29996aad
 baseline_caption = ('Test set, 95 % CI. Baselines are fitted on the training patients, from the same pixels; '
-                    'differences are paired. A split that balances the centers lifts the AUC of the center alone '
-                    'to about 0.58 where the center says nothing')
+                    'differences are paired')
 
 def result_section(
     evaluated:Run,          # A run of evaluate
