@@ -14,6 +14,7 @@ from typing import Literal, get_args, get_origin
 from pydantic import Field, field_validator, model_validator
 
 from .training.config import Settings, SettingsError, TrainConfig, parameter_type
+from .training.schemes import CrossvalConfig
 
 # %% ../nbs/895_settings.ipynb #7f1ccc82
 def check_pairs(
@@ -192,8 +193,9 @@ class BenchmarkSettings(Settings):
     turns:int = Field(5, ge=1, le=1000, description='How often the parts take turns; the median counts')
 
 # %% ../nbs/895_settings.ipynb #32a67f12
-step_settings = dict(prepare=PrepareSettings, train=TrainSettings, derive=DeriveSettings, evaluate=EvaluateSettings,
-                     evaluate_table=EvaluateTableSettings, report=ReportSettings, benchmark=BenchmarkSettings)
+step_settings = dict(prepare=PrepareSettings, train=TrainSettings, crossval=CrossvalSettings, derive=DeriveSettings,
+                     evaluate=EvaluateSettings, evaluate_table=EvaluateTableSettings, report=ReportSettings,
+                     benchmark=BenchmarkSettings)
 
 # %% ../nbs/895_settings.ipynb #b9e83ad5
 def setting_parameters(

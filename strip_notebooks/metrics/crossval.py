@@ -6,7 +6,7 @@
 __all__ = ['crossval_patients', 'mean_over_repeats', 'predicted_classes', 'crossval_scores', 'group_table', 'spread_table',
            'crossval_baselines', 'crossval_baseline_table', 'forest_figure']
 
-# %% ../../nbs/560_metrics.crossval.ipynb #8071db31
+# %% ../../nbs/560_metrics.crossval.ipynb #6f2c1b21
 import numpy as np
 import pandas as pd
 
@@ -20,7 +20,7 @@ from ..core import listing, plural
 from ..predictions import aggregate_patients, class_arrays, classes_of
 from ..statistics import Estimate, auc_variance, prior_shift
 
-# %% ../../nbs/560_metrics.crossval.ipynb #65cd9eec
+# %% ../../nbs/560_metrics.crossval.ipynb #a6f8e7e6
 def crossval_patients(
     predictions:pd.DataFrame,   # Out-of-fold predictions per image, with columns repeat and fold
     models:pd.DataFrame,        # repeat, fold, threshold, prior: from `fold_models`
@@ -39,7 +39,7 @@ def mean_over_repeats(
     groups = patients.groupby('patient_id')
     return pd.concat([groups[kept].first(), groups[columns].mean()], axis=1).reset_index()
 
-# %% ../../nbs/560_metrics.crossval.ipynb #3b9bd607
+# %% ../../nbs/560_metrics.crossval.ipynb #91eb2f1f
 def _with_positive(patients, positive, p):
     "The same table with probability `p` of the positive class, and the rest for one other class"
     others = [c for c in classes_of(patients) if c != positive]
@@ -57,11 +57,10 @@ def predicted_classes(
 def _shifted(patients, positive):
     "Each patient's probability at equal priors, by the prior of its own model"
     p = pd.Series(class_arrays(patients, positive)[1], patients.index)
-    parts = [prior_shift(p[rows], prior) for prior, rows in patients.groupby('prior').groups.items()]
-    index = np.concatenate([list(rows) for rows in patients.groupby('prior').groups.values()])
-    return _with_positive(patients, positive, pd.Series(np.concatenate(parts), index).reindex(patients.index).to_numpy())
+    parts = [pd.Series(prior_shift(p[rows], prior), rows) for prior, rows in patients.groupby('prior').groups.items()]
+    return _with_positive(patients, positive, pd.concat(parts).reindex(patients.index).to_numpy())
 
-# %% ../../nbs/560_metrics.crossval.ipynb #62264022
+# %% ../../nbs/560_metrics.crossval.ipynb #b8cd5ffe
 _by_class = ['accuracy', 'balanced_accuracy', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1', 'mcc']
 
 def _within(patients, positive):
@@ -69,24 +68,24 @@ def _within(patients, positive):
     y, p = class_arrays(patients, positive)
     return fold_auc(y, p, patients.patient_id, patients.groupby(['repeat', 'fold']).ngroup())
 
+# %% ../../nbs/560_metrics.crossval.ipynb #2dab9715
 def _as_given(table):
     "The notes, with one on intervals that do not know how the models depend on each other"
     said = (table.index != 'roc_auc') & table.low.notna()
-    notes = table.note.where(~table.note.str.startswith('interval too narrow'), '')
     given = np.where(said, 'interval takes the models as given', '')
-    return ['; '.join(filter(None, pair)) for pair in zip(notes, given)]
+    return ['; '.join(filter(None, pair)) for pair in zip(table.note, given)]
 
 def crossval_scores(
     patients:pd.DataFrame,  # From `crossval_patients`
     positive:str,           # The positive class
     n_resamples:int=2000,   # Bootstrap resamples of patients
     seed:int=0,             # Which resamples
-)->pd.DataFrame:            # Index metric; value, low, high (95 %), note; roc_auc is within folds, roc_auc_pooled is not
+)->pd.DataFrame:            # Index metric; value, low, high (95 %), note; roc_auc within folds, roc_auc_pooled
     "Every metric of a cross-validation with its interval over patients"
     settings = dict(n_resamples=n_resamples, seed=seed, positive=positive)
     table = image_scores(patients, **settings)
     table.loc['roc_auc_pooled'] = table.loc['roc_auc']
-    table.loc['roc_auc', ['value', 'low', 'high']] = _within(patients, positive)
+    table.loc['roc_auc', ['value', 'low', 'high']] = list(_within(patients, positive))
     table.loc[_by_class] = image_scores(predicted_classes(patients, positive), **settings).loc[_by_class]
     if patients.prior.notna().all():
         shifted = image_scores(_shifted(patients, positive), **settings).loc['weighted_log_loss']
@@ -94,7 +93,7 @@ def crossval_scores(
     if patients.groupby(['repeat', 'fold']).ngroups > 1: table['note'] = _as_given(table)
     return table
 
-# %% ../../nbs/560_metrics.crossval.ipynb #22d31be9
+# %% ../../nbs/560_metrics.crossval.ipynb #ae642c72
 def _group_rows(group, positive):
     "Metric, value, low, high, note of one group"
     y, p = class_arrays(group, positive)
@@ -104,7 +103,8 @@ def _group_rows(group, positive):
     above, one_class = p >= group.threshold.to_numpy(), len(set(y)) == 1
     yield 'roc_auc', _within(group, positive), 'only one class is present' if one_class else few
     for metric, c in (('sensitivity', 1), ('specificity', 0)):
-        yield metric, proportion_interval((above == c)[y == c], who[y == c]), '' if (y == c).any() else 'no such patient'
+        note = '' if (y == c).any() else 'no such patient'
+        yield metric, proportion_interval((above == c)[y == c], who[y == c]), note
 
 def group_table(
     patients:pd.DataFrame,  # From `crossval_patients`
@@ -119,7 +119,7 @@ def group_table(
         rows += [dict(first, metric=m, **e._asdict(), note=note) for m, e, note in _group_rows(group, positive)]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/560_metrics.crossval.ipynb #bc8e19d3
+# %% ../../nbs/560_metrics.crossval.ipynb #c3f52475
 def _fold_spread(patients, positive):
     "Spread of the AUC over the folds of a repeat, and what is expected by chance"
     arrays = [class_arrays(g, positive) for _, g in patients.groupby(['repeat', 'fold'])]
@@ -127,6 +127,7 @@ def _fold_spread(patients, positive):
     rows = group_table(patients, ['repeat', 'fold'], positive).query("metric == 'roc_auc'").dropna(subset='value')
     return rows.value, rows.groupby('repeat').value.std().mean(), expected
 
+# %% ../../nbs/560_metrics.crossval.ipynb #bcf93e9f
 def _spread_row(among, values, sd, expected=np.nan):
     "A row of the table of spreads"
     return dict(among=among, n=len(values), mean=np.mean(values) if len(values) else np.nan, sd=sd,
@@ -150,7 +151,7 @@ def spread_table(
     if len(means) > 1: rows.append(_spread_row('assignments', means, means.std()))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/560_metrics.crossval.ipynb #ef68e39e
+# %% ../../nbs/560_metrics.crossval.ipynb #508df045
 def crossval_baselines(
     cohort:pd.DataFrame,    # One row per image
     splits,                 # Yields repeat, fold, and the cohort with its split: from `fold_splits`
@@ -165,7 +166,7 @@ def crossval_baselines(
     names = [n for n in found[0] if all(n in tables for tables in found)]
     return {n: pd.concat([tables[n] for tables in found], ignore_index=True) for n in names}
 
-# %% ../../nbs/560_metrics.crossval.ipynb #f2b3328a
+# %% ../../nbs/560_metrics.crossval.ipynb #5eebb175
 _better = {'first is better': 'model is better', 'second is better': 'baseline is better'}
 
 def _both(patients, other, positive):
@@ -181,8 +182,8 @@ def _baseline_rows(name, patients, other, positive, settings):
     y, p, q, who, model = _both(patients, other, positive)
     smaller = min(patients.groupby('label').patient_id.nunique())
     constant = pd.Series(q).groupby(model).nunique().max() == 1
-    loss = Estimate(*image_scores(other, positive=positive, **settings).loc['weighted_log_loss', ['value', 'low', 'high']])
-    own = dict(roc_auc=fold_auc(y, q, who, model), weighted_log_loss=loss)
+    loss = image_scores(other, positive=positive, **settings).loc['weighted_log_loss', ['value', 'low', 'high']]
+    own = dict(roc_auc=fold_auc(y, q, who, model), weighted_log_loss=Estimate(*loss))
     gaps = fold_auc_difference(y, p, q, who, model), fold_loss_difference(y, p, q, who, model)
     for metric, d in zip(baseline_metrics, gaps):
         e, note = own[metric], 'the same for all patients of a fold' if constant else ''
@@ -191,7 +192,7 @@ def _baseline_rows(name, patients, other, positive, settings):
         yield dict(name=name, metric=metric, **e._asdict(), note=note, difference=d.value, difference_low=d.low,
                    difference_high=d.high, verdict=_better.get(said, said))
 
-# %% ../../nbs/560_metrics.crossval.ipynb #463745f9
+# %% ../../nbs/560_metrics.crossval.ipynb #fe365e7d
 def crossval_baseline_table(
     patients:pd.DataFrame,  # From `crossval_patients`
     table:pd.DataFrame,     # From `crossval_scores`
@@ -209,7 +210,7 @@ def crossval_baseline_table(
                'verdict']
     return pd.DataFrame(rows.to_dict('records') + found)[columns]
 
-# %% ../../nbs/560_metrics.crossval.ipynb #803c1d0f
+# %% ../../nbs/560_metrics.crossval.ipynb #09f8be9a
 def forest_figure(
     rows:pd.DataFrame,  # One row per group: label, patients, value, low, high
     whole:Estimate,     # All groups together

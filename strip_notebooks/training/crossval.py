@@ -36,6 +36,7 @@ def seed_of(
     "The seed that a repeat is trained with"
     return int(folds.seed[folds.repeat == repeat].iloc[0]) if 'seed' in folds else config.seed
 
+# %% ../../nbs/440_training.crossval.ipynb #da9b1185
 def train_fold(
     cohort:pd.DataFrame,    # One row per image
     folds:pd.DataFrame,     # From `fold_patients` or `leave_one_center_out`

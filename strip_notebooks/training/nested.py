@@ -121,6 +121,7 @@ class CrossResult(NamedTuple):
     models:pd.DataFrame         # One row per repeat and fold, from `fold_models`
     choices:pd.DataFrame|None   # For nested: outer, candidate, settings, value, sd, chosen
 
+# %% ../../nbs/445_training.nested.ipynb #3a754026
 def run_crossval(
     cohort:pd.DataFrame,    # One row per image
     cache,                  # Preprocessed pixels of the cohort, from `build_cache`

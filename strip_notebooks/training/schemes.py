@@ -40,7 +40,8 @@ class CrossvalConfig(Settings):
     "Which patients test which models"
     scheme:Literal['kfold', 'repeated', 'leave_one_center_out', 'nested'] = Field(
         'kfold', description='Who is left out: kfold, repeated, leave_one_center_out or nested')
-    folds:int = Field(5, ge=2, le=100, description='Groups of patients, each tested once (not for leave_one_center_out)')
+    folds:int = Field(
+        5, ge=2, le=100, description='Groups of patients, each tested once (not for leave_one_center_out)')
     repeats:int = Field(0, ge=0, le=100, description='Assignments to folds; 0 takes 3 for repeated, and 1 otherwise')
     seeds:int = Field(1, ge=1, le=100, description='How often each model is trained, each time with another seed')
     inner_folds:int = Field(3, ge=2, le=100, description='For nested: folds that choose the settings')
