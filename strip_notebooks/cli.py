@@ -323,8 +323,7 @@ def _add_demo(command):
 def _add_run(command):
     "The options of `clot run`"
     command.add_argument('step', nargs='?', metavar='STEP',
-                         help='prepare, train, crossval, derive, evaluate, report or benchmark, '
-                              'or the path of a notebook')
+                         help='prepare, train, crossval, derive, evaluate, report, benchmark, or the path of a notebook')
     command.add_argument('-h', '--help', '--list', dest='help', action='store_true',
                          help='show this page; with a STEP, its parameters and their ranges')
     _add_parameters(command, 'epochs=3')

@@ -95,8 +95,8 @@ _schemes = dict(
     kfold='{folds}-fold cross-validation: each patient was tested once per seed, '
           'by a model that had not seen the patient.',
     repeated='{folds}-fold cross-validation with {assignments} assignments of patients to folds.',
-    leave_one_center_out='Each of the {folds:d} centers was left out once: its patients were tested by a model that had '
-                         'not seen any patient of the center.',
+    leave_one_center_out='Each of the {folds:d} centers was left out once: its patients were tested by a model that '
+                         'had not seen any patient of the center.',
     nested='Nested {folds}-fold cross-validation: the settings of each model were chosen by a cross-validation of the '
            'other patients, so nobody who was tested had a say in them.')
 
@@ -128,7 +128,7 @@ def untested_sentence(
     "The folds without an AUC"
     rows = by_fold[(by_fold.metric == 'roc_auc') & by_fold.value.isna()]
     if not len(rows): return []
-    return [f'No AUC for {listing(_labels(rows))}: only one class is present. The patients count in all other numbers.']
+    return [f'No AUC for {listing(_labels(rows))}: too few patients of a class. They count in all other numbers.']
 
 # %% ../nbs/955_crossval_report.ipynb #c38c51c7
 def crossval_sentences(
@@ -161,13 +161,14 @@ def _score_rows(scores, record):
     titles = {'roc_auc': 'ROC AUC (within folds)', 'roc_auc_pooled': 'ROC AUC (pooled)',
               **{k: v for k, v in titles.items() if k != 'roc_auc'}}
     rows = scores.set_index('metric').reindex(list(titles))
+    rows['note'] = rows.note.fillna('').str.removesuffix('interval takes the models as given').str.removesuffix('; ')
     texts = [interval_text(*r) for r in rows[['value', 'low', 'high']].itertuples(index=False)]
     table = pd.DataFrame({'metric': list(titles.values()), 'per patient (95 % CI)': texts})
-    return table.assign(note=rows.note.fillna('').to_numpy()) if (rows.note.fillna('') != '').any() else table
+    return table.assign(note=rows.note.to_numpy()) if (rows.note != '').any() else table
 
-def _captioned(run):
+def _captioned(run, record):
     "The figures of a run with their captions"
-    mean = ' Mean probability of each patient over the repeats.'
+    mean = ' Mean probability of each patient over the repeats.' if record.assignments*record.seeds > 1 else ''
     about = dict(folds='Each model on the patients that it had not seen. The diamond is all of them together.',
                  centers='Patients of each center, by models that had not seen them.',
                  roc='ROC curve, all folds pooled.' + mean, reliability='Calibration curve.' + mean,
@@ -196,6 +197,7 @@ def limit_sentences_of(
     if record.scheme == 'leave_one_center_out': elsewhere = 'Other hospitals may differ more than these centers do.'
     return (synthetic if about.best_auc is not None else []) + [elsewhere, *_limits]
 
+# %% ../nbs/955_crossval_report.ipynb #6ba2937e
 def crossval_warnings(
     prepared:Run,   # A run of prepare
 )->list[dict]:      # sentence, code, verdict, section
@@ -205,7 +207,7 @@ def crossval_warnings(
     found.sort(key=lambda pair: -pair[0].verdict.rank)
     return [dict(sentence=f.sentence, code=f.code, verdict=str(f.verdict), section=section) for f, section in found]
 
-# %% ../nbs/955_crossval_report.ipynb #53732dcb
+# %% ../nbs/955_crossval_report.ipynb #20e8b6a3
 def _tables_of(run):
     "The tables of a run of crossval"
     text = dict(folds=['center'], centers=['center'])
@@ -222,7 +224,8 @@ def _shown_tables(tables, record):
         shown.append(shown_table(baseline_rows(tables['baselines']), caption, keep=['ROC AUC']))
     by_fold = tables['folds'].assign(fold=tables['folds'].fold + 1, **{'repeat': tables['folds']['repeat'] + 1})
     shown.append(shown_table(wide_table(by_fold, titles), 'Each model on its test patients, 95 % CI', keep=kept))
-    shown.append(shown_table(tables['spread'].round(3), 'Spread of the AUC'))
+    spread = tables['spread'].round(3).rename(columns=dict(sd='SD', by_chance='SD by chance'))
+    shown.append(shown_table(spread, 'Spread of the AUC'))
     if 'centers' in tables:
         shown.append(shown_table(wide_table(tables['centers'], titles), 'Per center, 95 % CI', keep=kept))
     if 'choices' in tables:
@@ -231,7 +234,7 @@ def _shown_tables(tables, record):
                                  'What was chosen for each outer fold, by the score of the inner folds'))
     return shown
 
-# %% ../nbs/955_crossval_report.ipynb #6ba2937e
+# %% ../nbs/955_crossval_report.ipynb #d19cd9c0
 def crossval_html(
     run:Run,    # A run of crossval
 )->str:         # One HTML page
@@ -246,7 +249,7 @@ def crossval_html(
         lead=f'{record.arch} on {about.source}. Made {run.status.started[:10]}, for research.',
         warnings=warnings, sentences=crossval_sentences(record, tables, about.best_auc),
         paragraphs=[m.format(positive=record.positive, rule=record.rule, how=how) for m in _method],
-        tables=[scores, *_shown_tables(tables, record)], figures=_captioned(run), cohort=cohort_section(prepared),
+        tables=[scores, *_shown_tables(tables, record)], figures=_captioned(run, record), cohort=cohort_section(prepared),
         audit=audit_section(prepared), limits=limit_sentences_of(record, about), origin=origin_section([prepared, run]))
 
 def write_crossval_report(

@@ -100,8 +100,9 @@ def _group_rows(group, positive):
     who = pd.factorize(group.patient_id)[0]
     counts = {c: group.patient_id[group.label == c].nunique() for c in classes_of(group)}
     few = listing(f'{c} has only {plural(n, "patient")}' for c, n in counts.items() if n < few_patients)
-    above, one_class = p >= group.threshold.to_numpy(), len(set(y)) == 1
-    yield 'roc_auc', _within(group, positive), 'only one class is present' if one_class else few
+    above, area = p >= group.threshold.to_numpy(), _within(group, positive)
+    if np.isnan(area.low): area = Estimate(*[np.nan]*3)
+    yield 'roc_auc', area, 'only one class is present' if len(set(y)) == 1 else few
     for metric, c in (('sensitivity', 1), ('specificity', 0)):
         note = '' if (y == c).any() else 'no such patient'
         yield metric, proportion_interval((above == c)[y == c], who[y == c]), note
@@ -222,7 +223,7 @@ def forest_figure(
     fig, ax = plt.subplots(figsize=(4.6, height), layout='constrained')
     for i, r in enumerate(rows.itertuples()):
         if not np.isnan(r.low): ax.plot([r.low, r.high], [i, i], color='.6', lw=1)
-        if np.isnan(r.value): ax.text(.5, i, 'no AUC: one class', ha='center', va='center', fontsize=8, color='.4')
+        if np.isnan(r.value): ax.text(.52, i, 'too few patients of a class', va='center', fontsize=8, color='.4')
         else: ax.plot(r.value, i, 's', color='.3', ms=3 + np.sqrt(r.patients)/4)
     ax.plot([whole.low, whole.high], [len(rows)]*2, color='#0072B2', lw=2)
     ax.plot(whole.value, len(rows), 'D', color='#0072B2')
