@@ -92,7 +92,7 @@ def verdict_words(
     if smaller < least_patients: return f'no verdict, as a class has fewer than {plural(least_patients, "patient")}'
     if np.isnan(auc.low): return 'the interval is not known'
     if auc.low > .5: return 'better than chance'
-    if auc.high < .5: return 'worse than chance, the mark of a shift between training and test set'
+    if auc.high < .5: return 'worse than chance'
     return 'not distinguishable from chance'
 
 def _patients(counts):
