@@ -285,8 +285,7 @@ def _demo_end(args, runs):
     lines = _reservations(warnings, baseline_sentence(runs['evaluate'].table('baselines')))
     for about, command in _next_commands(args, runs['prepare']):
         lines += ['', f'Next, {about}:', f'  {shlex.join(command)}']
-    crossed = runs.get('crossval')
-    before = [_summary(crossed), f'cross-validation: {crossed.report}'] if crossed else []
+    before = [f"{_summary(r)}\ncross-validation: {r.report}" for step, r in runs.items() if step == 'crossval']
     return '\n'.join([*before, _summary(runs['evaluate']), *lines, '', f"report: {runs['report'].report}"])
 
 def demo_command(
@@ -381,7 +380,7 @@ def _add_demo(command):
 def _add_run(command):
     "The options of `clot run`"
     command.add_argument('step', nargs='?', metavar='STEP',
-                         help='prepare, train, crossval, derive, evaluate, report, benchmark, or the path of a notebook')
+                         help='prepare, train, crossval, derive, evaluate, report, or the path of a notebook')
     command.add_argument('-h', '--help', '--list', dest='help', action='store_true',
                          help='show this page; with a STEP, its parameters and their ranges')
     _add_parameters(command, 'epochs=3')

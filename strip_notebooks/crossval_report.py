@@ -249,8 +249,9 @@ def crossval_html(
         lead=f'{record.arch} on {about.source}. Made {run.status.started[:10]}, for research.',
         warnings=warnings, sentences=crossval_sentences(record, tables, about.best_auc),
         paragraphs=[m.format(positive=record.positive, rule=record.rule, how=how) for m in _method],
-        tables=[scores, *_shown_tables(tables, record)], figures=_captioned(run, record), cohort=cohort_section(prepared),
-        audit=audit_section(prepared), limits=limit_sentences_of(record, about), origin=origin_section([prepared, run]))
+        tables=[scores, *_shown_tables(tables, record)], figures=_captioned(run, record),
+        cohort=cohort_section(prepared), audit=audit_section(prepared), limits=limit_sentences_of(record, about),
+        origin=origin_section([prepared, run]))
 
 def write_crossval_report(
     run:Run,    # An unfinished run of crossval with its record, tables and figures
