@@ -247,7 +247,7 @@ def _left_out_center(patients, least=5):
 
 # %% ../nbs/990_cli.ipynb #62bddc31
 def _program():
-    "How this program can be called from here"
+    "How this program is started here"
     return 'clot' if shutil.which('clot') else os.path.relpath(sys.argv[0])
 
 def _demo_words(args):

@@ -210,7 +210,8 @@ def _unreadable_lines(found, most):
     yield from ['', f"Not predicted: {plural(len(bad), 'file')}"]
     yield from (f'  {r.image_id}: {r.message}' for r in bad.head(most).itertuples())
     if len(bad) > most: yield f'  … and {len(bad) - most:,} more'
-    no_patient = (bad.image_id == bad.patient_id) & ~bad.image_id.map(_may_be_image)      # such as a README beside the folders
+    # A README beside the folders is no patient
+    no_patient = (bad.image_id == bad.patient_id) & ~bad.image_id.map(_may_be_image)
     without = sorted(set(bad.patient_id[~no_patient]) - set(found.patients.patient_id))
     if without: yield f"{plural(len(without), 'patient')} without any readable image: {listing(without[:most])}."
 
