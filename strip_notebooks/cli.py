@@ -189,16 +189,18 @@ def runs_command(
 # %% ../nbs/990_cli.ipynb #82072f80
 _demo_options = dict(data=['prepare'], columns=['prepare'], preset=['prepare'], patients=['prepare'],
                      size=['prepare'], positive=['prepare'], train_centers=['prepare'], test_centers=['prepare'],
-                     arch=['train'], epochs=['train'], seed=['prepare', 'train', 'evaluate'])
+                     arch=['train', 'crossval'], epochs=['train', 'crossval'],
+                     seed=['prepare', 'train', 'evaluate', 'crossval'])
 
 def demo_parameters(
     args,       # The parsed words after `clot demo`
 )->dict:        # Step -> name -> value
     "The parameters of each step of the demo"
     steps = dict(prepare={}, train={}, evaluate={}, report={})
+    if args.crossval: steps['crossval'] = dict(folds=3)
     for name, where in _demo_options.items():
         value = getattr(args, name)
-        for step in where: steps[step].update({} if value is None else {name: value})
+        for step in set(where) & set(steps): steps[step].update({} if value is None else {name: value})
     for full, value in gather_parameters(args.p, args.f).items():
         step, dot, name = full.partition('.')
         if not dot: raise StripError(f'-p {full!r} must name a step and its parameter, such as train.epochs=3.')
@@ -283,7 +285,9 @@ def _demo_end(args, runs):
     lines = _reservations(warnings, baseline_sentence(runs['evaluate'].table('baselines')))
     for about, command in _next_commands(args, runs['prepare']):
         lines += ['', f'Next, {about}:', f'  {shlex.join(command)}']
-    return '\n'.join([_summary(runs['evaluate']), *lines, '', f"report: {runs['report'].report}"]).replace('\n\n\n', '\n\n')
+    before = [f"{_summary(r)}\ncross-validation: {r.report}" for step, r in runs.items() if step == 'crossval']
+    text = '\n'.join([*before, _summary(runs['evaluate']), *lines, '', f"report: {runs['report'].report}"])
+    return text.replace('\n\n\n', '\n\n')
 
 def demo_command(
     args,   # The parsed words after `clot demo`
@@ -296,8 +300,9 @@ def demo_command(
     runs = {}
     for n, (step, parameters) in enumerate(steps.items()):
         print(f'[{n + 1}/{len(steps)}] {step}', flush=True)
-        before = [(f'{name}_run', run.name) for name, run in runs.items()][-1:]
-        runs[step] = run_experiment(step, {**parameters, **dict(before)}, args.runs)
+        base = 'prepare' if step == 'crossval' else list(steps)[n - 1]
+        before = {f'{base}_run': runs[base].name} if runs else {}
+        runs[step] = run_experiment(step, {**parameters, **before}, args.runs)
     print(_demo_end(args, runs))
 
 # %% ../nbs/990_cli.ipynb #ba875720
@@ -369,13 +374,14 @@ def _add_demo(command):
     _option(command, 'train-centers', 'A,B', 'train only on these centers; goes with --test-centers')
     _option(command, 'test-centers', 'C', 'test only on these centers; goes with --train-centers')
     _option(command, 'seed', 'N', 'seed of everything, 0 to 4294967295', type=int)
+    command.add_argument('--crossval', action='store_true', help='end with a cross-validation of 3 folds')
     _add_parameters(command, 'train.lr=0.001')
 
 # %% ../nbs/990_cli.ipynb #b0f92bd1
 def _add_run(command):
     "The options of `clot run`"
     command.add_argument('step', nargs='?', metavar='STEP',
-                         help='prepare, train, derive, evaluate, report or benchmark, or the path of a notebook')
+                         help='prepare, train, crossval, derive, evaluate, report, or the path of a notebook')
     command.add_argument('-h', '--help', '--list', dest='help', action='store_true',
                          help='show this page; with a STEP, its parameters and their ranges')
     _add_parameters(command, 'epochs=3')
