@@ -289,6 +289,7 @@ def _demo_end(args, runs):
     text = '\n'.join([*before, _summary(runs['evaluate']), *lines, '', f"report: {runs['report'].report}"])
     return text.replace('\n\n\n', '\n\n')
 
+# %% ../nbs/990_cli.ipynb #57e425f2
 def demo_command(
     args,   # The parsed words after `clot demo`
 )->None:
