@@ -237,18 +237,18 @@ def _reservations(warnings, baselines):
 # %% ../nbs/990_cli.ipynb #ffd05610
 def _left_out_center(patients, least=5):
     "The centers to train on and the one to test on, as (list, name); None where a class would have too few patients"
-    known = patients[patients.center_id != 'unknown']
-    counts = known.groupby(['center_id', 'label']).size().unstack(fill_value=0)
-    total = counts.sum()
-    fits = counts[((counts >= least) & (total - counts >= 2*least)).all(axis=1)]
+    from strip_notebooks.data.cohort import sorted_centers
+    counts = patients.groupby(['center_id', 'label']).size().unstack(fill_value=0)
+    enough = (counts >= least) & (counts.sum() - counts >= 2*least)
+    fits = counts[enough.all(axis=1) & (counts.index != 'unknown')]
     if not len(fits) or counts.index.str.contains(',').any(): return None
     test = fits.min(axis=1).idxmax()
-    return [c for c in counts.index if c != test], test
+    return [c for c in sorted_centers(counts.index) if c != test], test
 
 # %% ../nbs/990_cli.ipynb #62bddc31
 def _program():
     "How this program is started here"
-    return 'clot' if shutil.which('clot') else os.path.relpath(sys.argv[0])
+    return 'clot' if shutil.which('clot') else min(os.path.relpath(sys.argv[0]), os.path.abspath(sys.argv[0]), key=len)
 
 def _demo_words(args):
     "The words of a `clot demo` with the options of this one"
@@ -286,7 +286,8 @@ def _demo_end(args, runs):
     for about, command in _next_commands(args, runs['prepare']):
         lines += ['', f'Next, {about}:', f'  {shlex.join(command)}']
     before = [f"{_summary(r)}\ncross-validation: {r.report}" for step, r in runs.items() if step == 'crossval']
-    return '\n'.join([*before, _summary(runs['evaluate']), *lines, '', f"report: {runs['report'].report}"])
+    text = '\n'.join([*before, _summary(runs['evaluate']), *lines, '', f"report: {runs['report'].report}"])
+    return text.replace('\n\n\n', '\n\n')
 
 def demo_command(
     args,   # The parsed words after `clot demo`
