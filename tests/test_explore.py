@@ -99,7 +99,7 @@ seconds = int(os.environ.get('STRIP_LAB_SECONDS', 300))     # to open a notebook
 
 def opened(lab, page, path):
     "The notebook in JupyterLab, after Run All Cells"
-    page.goto(f'{lab}/lab/workspaces/e{path.stem}/tree/nbs/explore/{path.name}?token=t0ken')
+    page.goto(f'{lab}/lab/workspaces/e{path.stem}/tree/nbs/explore/{path.name}?token=t0ken', timeout=1000*seconds)
     page.wait_for_function(OPENED, timeout=1000*seconds)
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells').catch(() => 0); return 1 }")
     page.wait_for_function(FINISHED, timeout=1000*seconds, polling=500)
