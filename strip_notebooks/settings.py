@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['step_settings', 'check_pairs', 'check_window_pair', 'check_split', 'check_images', 'CohortSettings',
-           'ReadingSettings', 'PixelSettings', 'PrepareSettings', 'TrainSettings', 'EvaluateSettings', 'check_table',
-           'EvaluateTableSettings', 'DeriveSettings', 'ReportSettings', 'BenchmarkSettings', 'setting_parameters',
-           'setting_range']
+           'ReadingSettings', 'PixelSettings', 'PrepareSettings', 'TrainSettings', 'PretrainSettings',
+           'EvaluateSettings', 'check_table', 'EvaluateTableSettings', 'DeriveSettings', 'ReportSettings',
+           'BenchmarkSettings', 'setting_parameters', 'setting_range']
 
 # %% ../nbs/895_settings.ipynb #9e349596
 from typing import Literal, get_args, get_origin
 
 from pydantic import Field, field_validator, model_validator
 
-from .training.config import Settings, SettingsError, TrainConfig, parameter_type
+from .training.config import PretrainConfig, Settings, SettingsError, TrainConfig, parameter_type
 
 # %% ../nbs/895_settings.ipynb #7f1ccc82
 def check_pairs(
@@ -125,6 +125,15 @@ class TrainSettings(TrainConfig):
     "How a model is trained, and on what"
     prepare_run:str = Field('', description='A run of prepare; empty takes the newest')
 
+# %% ../nbs/895_settings.ipynb #d7e1b637
+class PretrainSettings(PretrainConfig):
+    "On which synthetic clots an encoder is pretrained, and how"
+    preset:Literal['easy', 'structure', 'realistic', 'null', 'confounded'] = Field(
+        'null', description='Synthetic cohort: easy, structure, realistic, null or confounded')
+    patients:int = Field(600, ge=32, le=1_000_000, description='Patients of the synthetic cohort, an image each')
+    source_size:int = Field(128, ge=64, le=16_384, description='Pixels, square, of the synthetic pictures')
+    size:int = Field(128, ge=16, le=4096, description='Pixels, square, that the model sees')
+
 # %% ../nbs/895_settings.ipynb #5fda3a5a
 class EvaluateSettings(Settings):
     "How a model is evaluated; the operating point is in its bundle"
@@ -187,8 +196,9 @@ class BenchmarkSettings(Settings):
     turns:int = Field(5, ge=1, le=1000, description='How often the parts take turns; the median counts')
 
 # %% ../nbs/895_settings.ipynb #32a67f12
-step_settings = dict(prepare=PrepareSettings, train=TrainSettings, derive=DeriveSettings, evaluate=EvaluateSettings,
-                     evaluate_table=EvaluateTableSettings, report=ReportSettings, benchmark=BenchmarkSettings)
+step_settings = dict(prepare=PrepareSettings, pretrain=PretrainSettings, train=TrainSettings, derive=DeriveSettings,
+                     evaluate=EvaluateSettings, evaluate_table=EvaluateTableSettings, report=ReportSettings,
+                     benchmark=BenchmarkSettings)
 
 # %% ../nbs/895_settings.ipynb #b9e83ad5
 def setting_parameters(
