@@ -33,13 +33,14 @@ def _asset(name):
     return (files('strip_notebooks')/'assets'/name).read_text(encoding='utf-8')
 
 def page_html(
+    template:str='report.j2',   # A template of the package
     **values,   # What the template shows: text, lists and dicts
 )->str:         # HTML
     "The template filled in, with all values escaped"
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_asset('report.j2'))
-    return template.render(style=Markup(_asset('report.css')), **values)
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_asset(template))
+    return page.render(style=Markup(_asset('report.css')), **values)
 
 # %% ../nbs/950_report.ipynb #c3a1a48e
 def interval_text(
@@ -91,7 +92,7 @@ def verdict_words(
     if smaller < least_patients: return f'no verdict, as a class has fewer than {plural(least_patients, "patient")}'
     if np.isnan(auc.low): return 'the interval is not known'
     if auc.low > .5: return 'better than chance'
-    if auc.high < .5: return 'worse than chance, the mark of a shift between training and test set'
+    if auc.high < .5: return 'worse than chance'
     return 'not distinguishable from chance'
 
 def _patients(counts):
@@ -325,8 +326,7 @@ def optional_table(
 
 # %% ../nbs/950_report.ipynb #29996aad
 baseline_caption = ('Test set, 95 % CI. Baselines are fitted on the training patients, from the same pixels; '
-                    'differences are paired. A split that balances the centers lifts the AUC of the center alone '
-                    'to about 0.58 where the center says nothing')
+                    'differences are paired')
 
 def result_section(
     evaluated:Run,          # A run of evaluate
