@@ -7,7 +7,7 @@ __all__ = ['gather_parameters', 'run_command', 'runs_command', 'demo_parameters'
            'evaluate_command', 'parser', 'main']
 
 # %% ../nbs/990_cli.ipynb #1277d198
-import argparse, contextlib, logging, os, shutil, signal, sys, textwrap, threading
+import argparse, contextlib, logging, os, shlex, shutil, signal, sys, textwrap, threading
 from pathlib import Path
 
 from . import __version__
@@ -224,15 +224,71 @@ def _check_demo(steps):
     if 'arch' in steps['train']: check_names(values['train'], None)
 
 # %% ../nbs/990_cli.ipynb #785dea50
-def _next_step(own_images):
-    "The command to try after the demo"
-    if not own_images: return '`clot demo --data FOLDER_OR_CSV` does the same with your own images.'
-    return 'for another model on the same split, `clot run train -p arch=resnet18`, then `clot run evaluate`.'
+def _reservations(warnings, baselines):
+    "What a result must be read with, as lines: findings, and the sentence about baselines"
+    grave = sorted(warnings, key=lambda f: -f.verdict.rank)
+    lines = _wrapped(baselines, 2) if baselines else []
+    for f in grave: lines += _wrapped(f'{f.verdict} {f.code}: {f.sentence}', 2)
+    count = f'{plural(len(grave), "warning")} of checks and audit' if grave else 'checks and audit have no warning'
+    return [f'Read the result together with this ({count}):', *lines] if lines else [f'{count.capitalize()}.']
+
+# %% ../nbs/990_cli.ipynb #ffd05610
+def _left_out_center(patients, least=5):
+    "The centers to train on and the one to test on, as (list, name); None where a class would have too few patients"
+    known = patients[patients.center_id != 'unknown']
+    counts = known.groupby(['center_id', 'label']).size().unstack(fill_value=0)
+    total = counts.sum()
+    fits = counts[((counts >= least) & (total - counts >= 2*least)).all(axis=1)]
+    if not len(fits) or counts.index.str.contains(',').any(): return None
+    test = fits.min(axis=1).idxmax()
+    return [c for c in counts.index if c != test], test
+
+# %% ../nbs/990_cli.ipynb #62bddc31
+def _program():
+    "How this program can be called from here"
+    return 'clot' if shutil.which('clot') else os.path.relpath(sys.argv[0])
+
+def _demo_words(args):
+    "The words of a `clot demo` with the options of this one"
+    given = {name: getattr(args, name) for name in [*_demo_options, 'f', 'runs']}
+    options = [(('-' if name == 'f' else '--') + name.replace('_', '-'), str(value))
+               for name, value in given.items() if value is not None]
+    return [_program(), 'demo', *(w for pair in [*options, *(('-p', p) for p in args.p)] for w in pair)]
+
+# %% ../nbs/990_cli.ipynb #173ade2b
+def _next_commands(args, prepared):
+    "What to do after a demo, as pairs of a sentence and the command for it"
+    from strip_notebooks.data.cohort import centers_look_like_patients, patient_table
+    from strip_notebooks.preparation import load_prepared
+    from strip_notebooks.records import Prepared
+    from strip_notebooks.runs import workspace
+    cohort = load_prepared(workspace()/prepared.record(Prepared).cohort)[0]
+    left_out = None if centers_look_like_patients(cohort) else _left_out_center(patient_table(cohort))
+    if left_out and not args.test_centers:
+        centers = ['--train-centers', ','.join(left_out[0]), '--test-centers', left_out[1]]
+        about = f'the harder test, on a center that the model has not seen ({left_out[1]})'
+        yield about, [*_demo_words(args), *centers]
+    else:
+        runs = ['--runs', args.runs] if args.runs else []
+        train = ['run', 'train', '-p', f'prepare_run={prepared.name}', '-p', 'arch=resnet18', *runs]
+        yield 'another model on the same split; then `clot run evaluate` and `clot run report`', [_program(), *train]
+    if not args.data: yield 'the same with your own images', [_program(), 'demo', '--data', 'FOLDER_OR_CSV']
+
+# %% ../nbs/990_cli.ipynb #44b7b8fa
+def _demo_end(args, runs):
+    "The last lines of a demo: result, warnings, baselines, the next commands, and the report"
+    from strip_notebooks.findings import read_findings
+    from strip_notebooks.metrics.baselines import baseline_sentence
+    warnings = [f for name in ('audit', 'checks') for f in read_findings(runs['prepare'].table(name)).warnings]
+    lines = _reservations(warnings, baseline_sentence(runs['evaluate'].table('baselines')))
+    for about, command in _next_commands(args, runs['prepare']):
+        lines += ['', f'Next, {about}:', f'  {shlex.join(command)}']
+    return '\n'.join([_summary(runs['evaluate']), *lines, '', f"report: {runs['report'].report}"])
 
 def demo_command(
     args,   # The parsed words after `clot demo`
 )->None:
-    "Prepare, train, evaluate and report in a row; print the patient-level table and the path of the report"
+    "Prepare, train, evaluate and report in a row; print the result, its warnings, the next command and the report"
     from strip_notebooks.experiments import remove_leftovers, run_experiment
     steps = demo_parameters(args)
     _check_demo(steps)
@@ -242,8 +298,7 @@ def demo_command(
         print(f'[{n + 1}/{len(steps)}] {step}', flush=True)
         before = [(f'{name}_run', run.name) for name, run in runs.items()][-1:]
         runs[step] = run_experiment(step, {**parameters, **dict(before)}, args.runs)
-    print(f'\nNext: open the report in a browser; {_next_step(bool(args.data))}')
-    print(_summary(runs['evaluate']) + f"report: {runs['report'].report}")
+    print(_demo_end(args, runs))
 
 # %% ../nbs/990_cli.ipynb #ba875720
 def _mapping(text):

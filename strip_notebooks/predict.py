@@ -64,13 +64,17 @@ def _shown(path):
     "A path as text that can be printed, also where it is not UTF-8"
     return str(path).encode(errors='replace').decode()
 
+def _may_be_image(path):
+    "Whether the ending of a path is that of an image, or missing"
+    return is_image_file(path) or not Path(path).suffix
+
 def _in_folder(folder, rule, classes, several):
     "One row per file below a folder: image_id, patient_id, label, path, message"
     before = Path(folder) if several else Path()
     for path in files_below(folder):
         inside = path.relative_to(folder)
         label, patient = _patient_of(inside, rule, classes)
-        known = is_image_file(path) or not path.suffix
+        known = _may_be_image(path)
         ids = dict(image_id=_shown((before/inside).as_posix()), patient_id=_shown((before/patient).as_posix()))
         message = '' if known else f'its ending {_shown(path.suffix)} is not that of an image.'
         yield dict(ids, label=label, path=os.path.abspath(path), message=message)
@@ -206,7 +210,8 @@ def _unreadable_lines(found, most):
     yield from ['', f"Not predicted: {plural(len(bad), 'file')}"]
     yield from (f'  {r.image_id}: {r.message}' for r in bad.head(most).itertuples())
     if len(bad) > most: yield f'  … and {len(bad) - most:,} more'
-    without = sorted(set(bad.patient_id) - set(found.patients.patient_id))
+    no_patient = (bad.image_id == bad.patient_id) & ~bad.image_id.map(_may_be_image)      # such as a README beside the folders
+    without = sorted(set(bad.patient_id[~no_patient]) - set(found.patients.patient_id))
     if without: yield f"{plural(len(without), 'patient')} without any readable image: {listing(without[:most])}."
 
 # %% ../nbs/930_predict.ipynb #eda9e39c

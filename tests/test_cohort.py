@@ -194,8 +194,35 @@ def test_errors_say_what_and_where():
     with pytest.raises(CohortError, match="no column 'patient_id'.*patientid"): check_cohort(table().rename(columns=dict(patient_id='patientid')))
 
 
+def test_errors_about_a_table_count_its_lines_as_an_editor_does(tmp_path):
+    "The header is line 1; empty lines and cells of two lines count, a split and a warning too"
+    for i in 'abcd': draw(tmp_path/'t'/f'{i}.png')
+    (tmp_path/'t.csv').write_text('image_id,patient_id,label,note\na,1,CE,\n\nb,2,LAA,"two\nlines"\nc,1,LAA,\nd,3,CE,\n')
+    with pytest.raises(CohortError, match='under two labels, the first in line 2;'): read_cohort(tmp_path/'t.csv')
+    (tmp_path/'t.csv').write_text('image_id,patient_id,label,note\na,1,CE,\n\nb,2,LAA,"two\nlines"\nc,,LAA,\nd,3,CE,\n')
+    with pytest.raises(CohortError, match='Line 6 has no patient_id'): read_cohort(tmp_path/'t.csv')
+    (tmp_path/'t.csv').write_text('image_id,patient_id,label\na,1,CE\nb,2,LAA\ne,3,ce\n')
+    with pytest.warns(CohortWarning) as caught: assert list(read_cohort(tmp_path/'t.csv').index) == [0, 1, 2]
+    said = ' '.join(str(w.message) for w in caught)
+    assert 'the first is that of line 4' in said and 'spaces or capitals only, the first in line 4' in said
+
+
+def test_a_missing_column_says_which_there_are_and_how_to_map_them(tmp_path):
+    "Names are quoted only where the first line is a header: of a table without one, they are patients' data"
+    (tmp_path/'cases.csv').write_text('slide,case,diagnosis\na,1,CE\nb,2,LAA\n')
+    with pytest.raises(CohortError) as caught: read_cohort(tmp_path/'cases.csv')
+    said = str(caught.value)
+    assert said.startswith(str(tmp_path/'cases.csv')) and 'its columns are slide, case and diagnosis' in said
+    assert '--columns image_id=NAME,patient_id=NAME,label=NAME' in said and '-p columns=' in said
+    (tmp_path/'cases.csv').write_text('image_id,patient,labels\na,1,CE\nb,2,LAA\n')
+    with pytest.raises(CohortError, match='--columns patient_id=patient,label=labels '): read_cohort(tmp_path/'cases.csv')
+    (tmp_path/'cases.csv').write_text('scan1,Doe Jane,CE\nscan2,Roe Richard,LAA\n')
+    with pytest.raises(CohortError, match='the first line must name the columns') as caught: read_cohort(tmp_path/'cases.csv')
+    assert 'Doe' not in str(caught.value)
+
+
 def test_labels_that_differ_by_capitals_are_pointed_out(tmp_path):
-    with pytest.warns(CohortWarning, match='spaces or capitals only, the first at row 2'): check_cohort(table(label=['CE', 'LAA', 'ce']*3))
+    with pytest.warns(CohortWarning, match='spaces or capitals only, the first in row 2'): check_cohort(table(label=['CE', 'LAA', 'ce']*3))
     assert set(check_cohort(table(label=['CE', ' LAA', 'CE ']*3)).label) == {'CE', 'LAA'}
 
 
@@ -261,7 +288,7 @@ def test_columns_twice_and_cells_that_are_empty(tmp_path):
     (tmp_path/'t.csv').write_text('image_id,label,patient_id,path,label \na,CE,1,a.png,LAA\n')
     with pytest.raises(CohortError, match='Columns 2 and 5 have the same name'): read_cohort(tmp_path/'t.csv')
     (tmp_path/'t.csv').write_text('image_id,label,patient_id,path,center_id\na,CE,1,a.png,\nb,LAA,2,,3\n')
-    with pytest.raises(CohortError, match='Row 1 has no path'): read_cohort(tmp_path/'t.csv')
+    with pytest.raises(CohortError, match='Line 3 has no path'): read_cohort(tmp_path/'t.csv')
     (tmp_path/'t.csv').write_text('image_id,label,patient_id,path,center_id\na,CE,1,a.png,\nb,LAA,2,b.png,3\n')
     assert read_cohort(tmp_path/'t.csv').center_id.tolist() == ['unknown', '3']
 
@@ -270,7 +297,7 @@ def test_columns_twice_and_cells_that_are_empty(tmp_path):
 def test_an_id_that_fits_two_files_is_refused(tmp_path, second):
     for p in ('b.png', 'a.png', second): draw(tmp_path/'t'/p)
     (tmp_path/'t.csv').write_text('image_id,patient_id,label\nb,1,CE\na,2,LAA\n')
-    with pytest.raises(CohortError, match='row 1 fits 2 files.*add a column path'): read_cohort(tmp_path/'t.csv')
+    with pytest.raises(CohortError, match='line 3 fits 2 files.*add a column path'): read_cohort(tmp_path/'t.csv')
     (tmp_path/'t.csv').write_text('image_id,patient_id,label,path\nb,1,CE,t/b.png\na,2,LAA,t/a.png\n')
     assert read_cohort(tmp_path/'t.csv').path.tolist() == [str(tmp_path/'t'/'b.png'), str(tmp_path/'t'/'a.png')]
 
@@ -279,7 +306,7 @@ def test_an_id_does_not_lead_out_of_the_folder(tmp_path):
     draw(tmp_path/'secret.png'); draw(tmp_path/'data'/'t'/'a.png')
     for i in ('../../secret.png', '../../secret', 't/../../secret.png', str(tmp_path/'secret.png')):
         (tmp_path/'data'/'t.csv').write_text(f'image_id,patient_id,label\na,1,CE\n{i},2,LAA\n')
-        with pytest.raises(CohortError, match='row 1 leads out of the folder'): read_cohort(tmp_path/'data'/'t.csv')
+        with pytest.raises(CohortError, match='line 3 leads out of the folder'): read_cohort(tmp_path/'data'/'t.csv')
 
 
 # --- folders as they come ---

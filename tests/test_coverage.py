@@ -1,15 +1,21 @@
 """Do the intervals cover? Slow ones compute again what the library holds, and measure the memory: pytest -m slow tests/test_coverage.py"""
+import shutil
 import tracemalloc
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from strip_notebooks.data.cache import build_cache
+from strip_notebooks.data.preprocess import Preprocessing
+from strip_notebooks.data.synthetic import make_cohort
 from strip_notebooks.metrics.coverage import coverage_table, interval_note, known_coverage, settings, trusted
 from strip_notebooks.metrics.scores import scores
 from strip_notebooks.metrics.values import metric_values
-from strip_notebooks.predictions import make_predictions
-from strip_notebooks.statistics import resampled
+from strip_notebooks.predictions import aggregate_patients, make_predictions
+from strip_notebooks.splits import split_patients
+from strip_notebooks.statistics import auc_interval, resampled, wilson_interval
+from strip_notebooks.training.classifier import TrainConfig, train
 
 KEY = ['n', 'prevalence', 'auc', 'metric']
 
@@ -55,3 +61,27 @@ def test_a_million_patients_take_less_than_two_gigabytes():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2*2**30
+
+
+def null_interval(folder, seed):
+    "The interval of the AUC on the test patients of a null cohort, of a small network trained on the others"
+    pre = Preprocessing(64)
+    cohort = split_patients(make_cohort(folder/'cohort', 'null', 200, 64, seed, workers=1), (.5, .15, .35), seed)
+    cache = build_cache(cohort, pre, folder/'cache', workers=1)
+    config = TrainConfig(epochs=3, batch_size=16, seed=seed, workers=0)
+    table = train(cohort, cache, pre, config, folder/'run').predictions
+    patients = aggregate_patients(table[table.split == 'test'])
+    return auc_interval(patients.label == 'LAA', patients.p_LAA)
+
+
+@pytest.mark.slow
+def test_where_there_is_nothing_to_learn_the_interval_covers_chance(tmp_path):
+    "Seeds 0 to 199: stain and size of pictures vary by center, and no label hangs on them"
+    intervals = []
+    for seed in range(200):
+        intervals.append(null_interval(tmp_path/str(seed), seed))
+        shutil.rmtree(tmp_path/str(seed))
+    covered = sum(i.low <= .5 <= i.high for i in intervals)
+    low, high = wilson_interval(covered, 200)
+    print(f'{covered} of 200 intervals cover 0.5; mean AUC {np.mean([i.value for i in intervals]):.3f}')
+    assert low <= .95 <= high

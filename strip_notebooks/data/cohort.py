@@ -10,7 +10,7 @@ __all__ = ['columns_needed', 'columns_optional', 'split_names', 'largest_csv', '
            'reveal']
 
 # %% ../../nbs/140_data.cohort.ipynb #0de7ee15
-import csv, io, os, secrets, unicodedata, warnings
+import csv, difflib, io, os, re, secrets, unicodedata, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..core import StripError, content_hash, listing, nearest, plural, unquote_formula, write_csv
 from .images import Reading, image_suffixes, is_image_file
-from ..predictions import blank_cells
+from ..predictions import blank_cells, place_of
 
 # %% ../../nbs/140_data.cohort.ipynb #5e17e257
 columns_needed = ['image_id', 'patient_id', 'label', 'center_id', 'path']
@@ -43,11 +43,19 @@ def attribute_columns(
     return [c for c in cohort if c not in columns_needed + columns_optional]
 
 # %% ../../nbs/140_data.cohort.ipynb #7f60b148
+_header_words = set('id name patient subject case person participant image slide scan file filename path label class '
+                    'diagnosis etiology outcome target center site hospital age sex gender'.split())
+
+def _is_header(columns, expected=columns_needed):
+    "Whether a first line names columns: one is expected, or two hold a usual word; if not, it may hold data"
+    words = [set(re.split(r'[\W_]+', re.sub(r'(?<=[a-z])(?=[A-Z])', ' ', str(c)).lower())) for c in columns]
+    usual = sum(bool(w & _header_words) for w in words)
+    return bool(usual >= 2 or set(map(str, columns)) & set(expected))
+
 def _column_hint(name, columns, expected=columns_needed):
-    "The clause that suggests a column name; without an expected one, the first line may hold data: nothing is quoted"
-    columns = [str(c) for c in columns]
-    if not set(columns) & set(expected): return '; the first line of a table must name the columns.'
-    return nearest(name, [c for c in columns if c not in columns_needed])
+    "The clause that suggests a column name; nothing is quoted of a first line that may hold data"
+    if not _is_header(columns, expected): return '; the first line of a table must name the columns.'
+    return nearest(name, [str(c) for c in columns if c not in columns_needed])
 
 def _check_repeated(columns):
     "A `CohortError` if a column name occurs twice; named by position, as it may be data of a table without a header"
@@ -57,23 +65,37 @@ def _check_repeated(columns):
         known = f' ({c!r})' if c in columns_needed else ''
         raise CohortError(f'Columns {first[c]} and {i} have the same name{known}; rename one or remove it.')
 
+# %% ../../nbs/140_data.cohort.ipynb #39b028d2
+def _no_column(columns, missing, where='The cohort'):
+    "The sentence about columns that are missing: which there are, and how others take their place"
+    columns = [str(c) for c in columns]
+    lacks = f'{where} has no column {listing(map(repr, missing))}'
+    there, free = 'the first line must name the columns', []
+    if _is_header(columns):
+        free = [c for c in columns if c not in columns_needed]
+        there = f'its columns are {listing(columns[:20] + ["others"]*(len(columns) > 20))}'
+    close = {c: difflib.get_close_matches(c, free, n=1, cutoff=.5) for c in missing}
+    pairs = ','.join(f'{c}={found[0] if found else "NAME"}' for c, found in close.items())
+    return (f'{lacks}; {there}. If it has another name, '
+            f'map it: --columns {pairs} (for `clot run prepare`, -p columns={pairs}).')
+
 # %% ../../nbs/140_data.cohort.ipynb #ae442db7
 def _text(cohort, name):
     "A column as text; a `CohortError` for a gap or a floating-point number"
     gaps = blank_cells(cohort[name])
     if gaps.any():
-        raise CohortError(f'{_rows(gaps)} no {name}; fill it in or leave the rows out.')
+        raise CohortError(f'{_rows(cohort, gaps)} no {name}; fill it in or leave the rows out.')
     floats = [pd.api.types.is_float(v) for v in cohort[name]]
     if any(floats):
-        raise CohortError(f'{name} holds floating-point numbers, first in row {floats.index(True)}, '
+        raise CohortError(f'{name} holds floating-point numbers, first in {place_of(cohort, floats.index(True))}, '
                           'which may have lost zeros and digits; read ids as text, '
                           'as with pandas.read_csv(..., dtype=str).')
     return cohort[name].astype(str).astype(object)
 
-def _rows(marked):
+def _rows(cohort, marked):
     "Such as '3 rows, the first is row 7, have'; `marked` (N,) bool"
-    count,first = marked.sum(), marked.argmax()
-    return f'Row {first} has' if count == 1 else f'{plural(count, "row")}, the first is row {first}, have'
+    count,first = marked.sum(), place_of(cohort, marked.argmax())
+    return f'{first.capitalize()} has' if count == 1 else f'{plural(count, "row")}, the first is {first}, have'
 
 # %% ../../nbs/140_data.cohort.ipynb #fd85616b
 def _text_columns(cohort, labeled):
@@ -82,12 +104,10 @@ def _text_columns(cohort, labeled):
     if 'center_id' in cohort:
         known = cohort.center_id.astype(object).where(~blank_cells(cohort.center_id), 'unknown')
         cohort = cohort.assign(center_id=known)
-    for c in columns_needed:
-        if c == 'label' and not labeled and c not in cohort: continue
-        if c not in cohort:
-            raise CohortError(f'The cohort has no column {c!r}{_column_hint(c, cohort)} '
-                              'If it is there under another name, map it with columns.')
-        cohort = cohort.assign(**{c: _text(cohort, c)})
+    wanted = [c for c in columns_needed if c in cohort or labeled or c != 'label']
+    missing = [c for c in wanted if c not in cohort]
+    if missing: raise CohortError(_no_column(cohort, missing))
+    for c in wanted: cohort = cohort.assign(**{c: _text(cohort, c)})
     return cohort.assign(label=cohort.label.str.strip()) if 'label' in cohort else cohort
 
 # %% ../../nbs/140_data.cohort.ipynb #498b40ca
@@ -111,7 +131,8 @@ def _reading_columns(cohort):
         wrong = np.array([v is not None and not isinstance(v, int) and v not in words for v in values])
         if wrong.any():
             allowed = ' or '.join(['a whole number', *map(repr, words)])
-            raise CohortError(f'The {name} of row {wrong.argmax()} is not {allowed}; correct the column or remove it.')
+            raise CohortError(f'The {name} of {place_of(cohort, wrong.argmax())} is not {allowed}; '
+                              'correct the column or remove it.')
         cohort = cohort.assign(**{name: values})
     return cohort
 
@@ -133,7 +154,7 @@ def _check_labels(cohort):
     if not mixed.any(): return
     count = cohort.patient_id[mixed].nunique()
     raise CohortError(f'{plural(count, "patient")} with images under two labels, '
-                      f'the first at row {mixed.argmax()}; a patient has one label.')
+                      f'the first in {place_of(cohort, mixed.argmax())}; a patient has one label.')
 
 def patient_table(
     cohort:pd.DataFrame, # One row per image: patient_id, center_id, and label if known
@@ -141,7 +162,7 @@ def patient_table(
     "The patients of a cohort, one row each; a `CohortError` for gaps or a patient with two labels"
     names = ['patient_id'] + ['label']*('label' in cohort) + ['center_id']
     for c in names:
-        if c not in cohort: raise CohortError(f'The cohort has no column {c!r}{_column_hint(c, cohort)}')
+        if c not in cohort: raise CohortError(_no_column(cohort, [c]))
     if not len(cohort): raise CohortError('The cohort has no images.')
     text = pd.DataFrame({c: _text(cohort, c) for c in names})
     _check_labels(text)
@@ -159,7 +180,7 @@ def check_split_names(
     bad = ~cohort.split.isin(split_names).to_numpy()
     if not bad.any(): return
     names = ', '.join(split_names)
-    raise CohortError(f'{_rows(bad)} no valid split; a split is one of {names}. Split the cohort again.')
+    raise CohortError(f'{_rows(cohort, bad)} no valid split; a split is one of {names}. Split the cohort again.')
 
 def _check_split(cohort):
     "A `CohortError` unless every image has a split, no patient is in two, and each split has patients"
@@ -170,7 +191,7 @@ def _check_split(cohort):
     if shared.any():
         count = cohort.patient_id[shared].nunique()
         raise CohortError(f'{plural(count, "patient")} in more than one split, '
-                          f'the first at row {shared.argmax()}; split by patient.')
+                          f'the first in {place_of(cohort, shared.argmax())}; split by patient.')
     empty = [s for s in split_names if s not in set(cohort.split)]
     if empty: raise CohortError(f'The split {" and ".join(empty)} has no patients; a split needs train, val and test.')
 
@@ -191,7 +212,7 @@ def centers_look_like_patients(
     return bool(lone.sum() >= 3 and lone.mean() > .5)
 
 def _near_values(column, capitals):
-    "Rows (index) of values that differ from an earlier one by spaces at the ends, or by capitals, only"
+    "Index of values that differ from an earlier one by spaces at the ends, or by capitals, only"
     values = column.drop_duplicates()
     alike = values.str.strip().str.casefold() if capitals else values.str.strip()
     return values.index[alike.duplicated()]
@@ -209,8 +230,9 @@ def _unusual(cohort):
     for c in ('patient_id', 'label', 'center_id'):
         if c in cohort and len(near := _near_values(cohort[c], c != 'patient_id')):
             differ = 'differs' if len(near) == 1 else 'differ'
+            first = place_of(cohort, cohort.index.get_loc(near[0]))
             yield (f'{plural(len(near), "value")} of {c} {differ} from another by spaces or capitals only, '
-                   f'the first at row {near[0]}; they count as different.')
+                   f'the first in {first}; they count as different.')
 
 # %% ../../nbs/140_data.cohort.ipynb #361dbd72
 def check_cohort(
@@ -221,16 +243,17 @@ def check_cohort(
     "`cohort`, valid; a `CohortError` with column, row and remedy if not, a `CohortWarning` for what is unusual"
     _check_repeated(cohort.columns)
     if not len(cohort): raise CohortError('The cohort has no images.')
-    out = _reading_columns(_text_columns(cohort, labeled)).reset_index(drop=True)
+    out = _reading_columns(_text_columns(cohort, labeled))
+    if out.index.name != 'line': out = out.reset_index(drop=True)
     _check_labels(out)
     double = out.image_id.duplicated()
     if double.any():
         raise CohortError(f'{plural(double.sum(), "image id")} used more than once, '
-                          f'the first again at row {double.argmax()}; an image_id identifies one image.')
+                          f'the first again in {place_of(out, double.argmax())}; an image_id identifies one image.')
     if split: _check_split(out)
     for sentence in _unusual(out): _warn(sentence)
     first = [c for c in columns_needed if c in out]
-    return out[first + [c for c in out if c not in first]]
+    return out[first + [c for c in out if c not in first]].reset_index(drop=True)
 
 # %% ../../nbs/140_data.cohort.ipynb #61941833
 def _rename(table, columns):
@@ -259,8 +282,8 @@ def cohort_from_frame(
     if 'center_id' not in frame: frame = frame.assign(center_id='unknown')
     if 'path' in frame: frame = frame.assign(path=[_absolute(p, root) for p in frame.path])
     if 'label' not in frame:
-        _warn(f'The table has no column label{_column_hint("label", frame)} Without labels, '
-              'images can be prepared and predicted, but no model can be trained or evaluated.')
+        _warn(_no_column(frame, ['label'], 'The table') + ' Without labels, images can be prepared and predicted, '
+              'but no model can be trained or evaluated.')
     return check_cohort(frame, labeled=False)
 
 # %% ../../nbs/140_data.cohort.ipynb #9149455b
@@ -300,7 +323,7 @@ def _csv_lines(path):
 
 # %% ../../nbs/140_data.cohort.ipynb #dcddde07
 def _read_csv(path):
-    "The table in a CSV, every cell as text"
+    "The table in a CSV, every cell as text; its index is the line of each row, called 'line'"
     (_,header),*lines = _csv_lines(path)
     names = [unquote_formula(c.strip()) or f'unnamed {i}' for i,c in enumerate(header)]
     _check_repeated(names)
@@ -310,7 +333,8 @@ def _read_csv(path):
                           'put quotes around a cell that holds a separator, '
                           'and give every line the same number of cells.')
     cells = [[unquote_formula(c) for c in line] for _,line in lines]
-    return pd.DataFrame(cells, columns=names, dtype=object)
+    numbers = pd.Index([number for number,_ in lines], name='line')     # `place_of` names them
+    return pd.DataFrame(cells, columns=names, dtype=object, index=numbers)
 
 # %% ../../nbs/140_data.cohort.ipynb #0066934e
 def files_below(
@@ -355,23 +379,21 @@ def _find_images(ids, folders):
     "The path of each id's image, whether or not it exists, in the first folder that has any; None if no folder has any"
     for row,i in enumerate(ids):
         if '..' in Path(i).parts or Path(i).is_absolute():
-            raise CohortError(f'The image_id of row {row} leads out of the folder of the images; add a column path.')
+            raise CohortError(f'The image_id of {place_of(ids, row)} leads out of the folder of the images; '
+                              'add a column path.')
     for folder in filter(Path.is_dir, folders):
         files = _files_by_name(folder)
         found = [files.get(_composed(i), []) for i in ids]
         if not any(found): continue
         for row,fits in enumerate(found):
             if len(fits) > 1:
-                raise CohortError(f'The image_id of row {row} fits {plural(len(fits), "file")} in {folder}; '
+                raise CohortError(f'The image_id of {place_of(ids, row)} fits {plural(len(fits), "file")} in {folder}; '
                                   'add a column path that says which.')
         return [os.path.abspath(fits[0] if fits else folder/i) for i,fits in zip(ids, found)]
 
 # %% ../../nbs/140_data.cohort.ipynb #9223c478
 def _with_paths(frame, csv, images):
     "The table of a CSV with a column path, from its image ids"
-    if 'image_id' not in frame:
-        raise CohortError(f'{csv} has no column \'image_id\'{_column_hint("image_id", frame.columns)} '
-                          'If it is there under another name, map it with columns.')
     folders = [Path(images)] if images else [csv.with_suffix(''), csv.parent/'images', csv.parent]
     paths = _find_images(frame.image_id, folders)
     if paths is None:
@@ -395,8 +417,8 @@ def _missing(cohort, csv):
     if labels: yield f'No image of the class {listing(labels)} exists: it is lost.'
     if len(lost): yield f'{plural(lost.patient_id.nunique(), "patient")} without any image that exists.'
     missing = 'does not exist' if absent.sum() == 1 else 'do not exist'
-    yield (f'{plural(absent.sum(), "image")} of {len(cohort)} in {csv.name} {missing}, the first is that of row '
-           f'{absent.argmax()}; copy what is missing, or correct image_id or path.')
+    yield (f'{plural(absent.sum(), "image")} of {len(cohort)} in {csv.name} {missing}, the first is that of '
+           f'{place_of(cohort, absent.argmax())}; copy what is missing, or correct image_id or path.')
 
 # %% ../../nbs/140_data.cohort.ipynb #ba22b463
 def cohort_from_csv(
@@ -408,8 +430,10 @@ def cohort_from_csv(
     csv = Path(csv)
     frame = _rename(_read_csv(csv), columns or {})
     given = 'path' in frame
+    missing = [c for c in ('image_id', 'patient_id', 'label') if c not in frame]
+    if missing and missing != ['label']: raise CohortError(_no_column(frame, missing, csv))
     cohort = cohort_from_frame(frame if given else _with_paths(frame, csv, images), root=csv.parent)
-    for sentence in _missing(cohort, csv): _warn(sentence)
+    for sentence in _missing(cohort.set_axis(frame.index), csv): _warn(sentence)
     if given and (count := _outside(cohort.path, csv.parent)):
         _warn(f'{plural(count, "path")} of {len(cohort)} in {csv.name} outside its folder; '
               'check that these are the images you mean.')
