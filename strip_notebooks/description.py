@@ -53,6 +53,7 @@ def _levels(values, most=8):
     "Each word as its level: the `most` largest with enough patients, all others as one; and the levels in order"
     counts = values.dropna().value_counts()
     shown = counts[counts >= fewest_shown].index[:most]
+    if counts[shown].sum() < counts.sum()/2: shown = []     # names that some share, not categories
     rest = len(counts) - len(shown)
     other = f'other ({plural(rest, "value")})'
     names = {word: word if word in shown else other for word in counts.index}
@@ -202,7 +203,7 @@ def drift_figure(
     import matplotlib.pyplot as plt
     if not len(table): return None
     names = list(dict.fromkeys(table.property))[::-1]
-    fig, ax = plt.subplots(figsize=(6.4, .8 + .38*len(names)), layout='constrained')
+    fig, ax = plt.subplots(figsize=(5.4, .8 + .34*len(names)), layout='constrained')
     ax.axvspan(-negligible, negligible, color='.92', lw=0, label='negligible')
     ax.axvline(0, color='.5', lw=1, ls=':')
     for (split, rows), shift, color in zip(table.groupby('split', sort=True), (-.14, .14), ('#009E73', '#56B4E9')):

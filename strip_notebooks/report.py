@@ -37,7 +37,7 @@ def verdict_words(
     if smaller < least_patients: return f'no verdict, as a class has fewer than {plural(least_patients, "patient")}'
     if np.isnan(auc.low): return 'the interval is not known'
     if auc.low > .5: return 'better than chance'
-    if auc.high < .5: return 'worse than chance, the mark of a shift between training and test set'
+    if auc.high < .5: return 'worse than chance'
     return 'not distinguishable from chance'
 
 def _patients(counts):
@@ -179,10 +179,11 @@ def cohort_section(
     used = f'The cohort has {plural(m.images, "image")} of {plural(m.patients, "patient")} {centers}.'
     used += f' {m.split} All images of a patient are in one split.'
     patients = patients_section(prepared)
+    if patients['flow']: given, used = '', f'{source} {centers}. {m.split} All images of a patient are in one split.'
     tables = [] if patients['flow'] else _count_tables(prepared, m)
     fine = [f for f in found if f.verdict == Verdict.OK]
-    caption = 'The cohort by class and center, file format, image size and brightness.'
-    return dict(patients, paragraphs=[given, used], tables=tables, fine=shown_findings(fine),
+    caption = 'What varies in the cohort: patients per center, file formats, image sizes and brightness, by class.'
+    return dict(patients, paragraphs=[p for p in (given, used) if p], tables=tables, fine=shown_findings(fine),
                 fine_lead=f'{plural(len(fine), "check")} without a problem',
                 findings=shown_findings([f for f in found if f.verdict != Verdict.OK]),
                 figure=shown_figure(prepared, 'validation', caption))
@@ -237,8 +238,7 @@ def _method(evaluated):
     rule = f'{evaluated.positive} if p ≥ {evaluated.threshold:.3f}'
     if evaluated.rule == 'set by hand': rule += ', a threshold that was set by hand'
     else: rule += f', an operating point chosen on the validation set ({evaluated.rule})'
-    return [f'The positive class is {evaluated.positive}. The predicted probability of a patient is '
-            f'{how_words[evaluated.how]} over the images of the patient. '
+    return [f'The predicted probability of a patient is {how_words[evaluated.how]} over the images of the patient. '
             f'A patient is classified as {rule} and applied to the test set unchanged.',
             "Intervals are 95 % CI: of proportions Wilson's, of the balanced accuracy Newcombe's, of the AUC DeLong's "
             'on the scale of the log odds, of calibration slope and intercept by maximum likelihood, of all others '

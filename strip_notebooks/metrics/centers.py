@@ -37,8 +37,8 @@ def within_centers(
         raise StripError('The predictions have no center_id, so nothing is known per center.')
     patients = patients.sort_values('patient_id')
     y, p = patient_arrays(patients, positive)
-    centers = pd.factorize(patients.center_id)[0]
-    members = [np.flatnonzero(centers == c) for c in np.unique(centers)]
+    centers = patients.center_id.replace('', np.nan).fillna('unknown').to_numpy()
+    members = [np.flatnonzero(centers == c) for c in sorted(set(centers) - {'unknown'})]
     members = [m for m in members if y[m].min() < y[m].max()]
     if not members: return Estimate(np.nan, np.nan, np.nan)
     def statistic(w): return _within(y, p, members, w)
@@ -71,7 +71,7 @@ def forest_figure(
     import matplotlib.pyplot as plt
     if not len(rows): return None
     y = np.arange(len(rows))[::-1] - .35*rows.patients.isna()
-    fig, ax = plt.subplots(figsize=(6.4, 1 + .34*len(rows)), layout='constrained')
+    fig, ax = plt.subplots(figsize=(5.4, .9 + .3*len(rows)), layout='constrained')
     pooled = rows[rows.name == 'within centers'].value.iloc[0]
     ax.axvline(.5, color='.5', ls=':', label='chance')
     ax.axvline(pooled, color='k', lw=1, ls='--', label='within centers')
