@@ -161,6 +161,10 @@ def shown_findings(
     return [dict(code=f.code, verdict=str(f.verdict), sentence=f.sentence, remedy=remedy(f)) for f in found]
 
 # %% ../nbs/950_report.ipynb #0731bbb7
+def _source(prepared):
+    "What the images are, as a reader would say it"
+    return 'own images' if prepared.parameters.get('data') else prepared.record(Prepared).source
+
 def _count_tables(prepared, about):
     "The sets, and why images were quarantined, where a run of prepare has no flow of patients"
     splits = prepared.table('splits').replace(dict(split=dict(train='training', val='validation')))
@@ -173,13 +177,13 @@ def cohort_section(
 )->dict:
     "What was read, what was quarantined and why, how the patients were split, and what the checks found"
     m, found = prepared.record(Prepared), read_findings(prepared.table('checks'))
-    source = m.source[:1].upper() + m.source[1:]
+    source = _source(prepared).capitalize()
     given = f'{source}: {plural(m.images + m.quarantined, "image")}, of which {m.quarantined:,} quarantined.'
     centers = f'from {plural(m.centers, "center")}' if m.centers else 'from unknown centers'
     used = f'The cohort has {plural(m.images, "image")} of {plural(m.patients, "patient")} {centers}.'
     used += f' {m.split} All images of a patient are in one split.'
     patients = patients_section(prepared)
-    if patients['flow']: given, used = '', f'{source} {centers}. {m.split} All images of a patient are in one split.'
+    if patients['flow']: given, used = '', f'{source}, {centers}. {m.split} All images of a patient are in one split.'
     tables = [] if patients['flow'] else _count_tables(prepared, m)
     fine = [f for f in found if f.verdict == Verdict.OK]
     caption = 'What varies in the cohort: patients per center, file formats, image sizes and brightness, by class.'
@@ -371,10 +375,6 @@ def origin_section(
 def _chain(evaluated):
     "The runs of prepare, train and, if there is one, derive that an evaluation builds on"
     return evaluated.origin('prepare'), evaluated.origin('train'), evaluated.links.get('derive')
-
-def _source(prepared):
-    "What the images are, as a reader would say it"
-    return 'own images' if prepared.parameters.get('data') else prepared.record(Prepared).source
 
 def _warnings(prepared):
     "Warnings and errors of checks and audit, the worst first"
