@@ -1,6 +1,7 @@
 # make demo   install everything into .venv and run the main job on the embedded cohort
 # make test   install everything and run every test
 # make docs   build the documentation site into _docs
+# make example  run the demo and take its report, and a picture of it (needs chromium), into nbs/
 # make lock   write the newest versions within the bounds of settings.ini to constraints.txt (needs uv)
 # make clean  remove .venv and what was built
 
@@ -10,20 +11,22 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 UV     := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test docs lock clean install
+.PHONY: demo test docs example lock clean install
 install: $(READY)
 
 # The stamp is written last, so an interrupted install is repeated, and a complete one is not.
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Installing into $(VENV): 6.6 GB, most of it torch with its CUDA libraries. It takes about half a minute"
+	@echo "with uv and 3 minutes with pip, and longer over a slow line. The next call of make skips it."
 ifneq ($(UV),)
 	@test -x $(PY) || $(UV) venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
-	$(UV) pip install --quiet --python $(PY) --compile-bytecode -c constraints.txt -e '.[dev]'
+	$(UV) pip install --python $(PY) --compile-bytecode -c constraints.txt -e '.[dev]'
 else
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null    # uv makes environments without pip
-	$(PY) -m pip install --quiet --disable-pip-version-check --compile -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --disable-pip-version-check --compile -c constraints.txt -e '.[dev]'
 endif
 	@touch $@
 
@@ -35,6 +38,9 @@ test: $(READY)
 
 docs: $(READY)
 	$(PY) tools/build_site.py
+
+example: $(READY)
+	$(PY) tools/example.py
 
 lock:
 	$(if $(UV),,$(error make lock needs uv))

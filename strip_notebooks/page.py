@@ -22,13 +22,14 @@ def _asset(name):
     return (files('strip_notebooks')/'assets'/name).read_text(encoding='utf-8')
 
 def page_html(
+    template:str='report.j2',   # A template of the package
     **values,   # What the template shows: text, lists and dicts
 )->str:         # HTML
     "The template filled in, with all values escaped"
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_asset('report.j2'))
-    return template.render(style=Markup(_asset('report.css')), **values)
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_asset(template))
+    return page.render(style=Markup(_asset('report.css')), **values)
 
 # %% ../nbs/940_page.ipynb #e6bfb82c
 def interval_text(

@@ -215,11 +215,13 @@ def _complete(p, labels):
         raise PredictionsError(f'the labels are {listing(labels)}, and the classes with a probability column are '
                                f'{listing(p.columns) or "none"}. Each class needs a column such as '
                                f'p_{labels[-1]}; of two classes, one is enough.')
-    total = p.sum(axis=1).to_numpy()
-    bad = ~(((p >= 0) & (p <= 1)).all(axis=1).to_numpy() & (abs(total - 1) <= .01))
+    shares = ((p >= 0) & (p <= 1)).all(axis=1)
+    total = p.where(shares, axis=0).sum(axis=1).to_numpy()
+    bad = ~(shares.to_numpy() & (abs(total - 1) <= .01))
     if bad.any():
-        raise PredictionsError(f'{plural(bad.sum(), "row")} without probabilities from 0 to 1 that sum to 1, '
-                               f'the first is {place_of(p, bad.argmax())}. Are they logits?')
+        raise PredictionsError(f'{plural(bad.sum(), "row")} without probabilities from 0 to 1 of {listing(p.columns)} '
+                               f'that sum to 1, the first is {place_of(p, bad.argmax())}. '
+                               'Are they logits or percentages, or is there another class without patients?')
     return p.div(total, axis=0)
 
 # %% ../nbs/020_predictions.ipynb #2647e42b
@@ -236,7 +238,9 @@ def import_predictions(
                                        f'If it has another name, add --columns {c}=NAME.')
         found = _class_columns(table)
         p = pd.DataFrame({name: _numbers(table[c], c) for name,c in found.items()}, index=table.index)
-        p = _complete(p, sorted(set(table.label.str.strip()) - {''}))
+        labels = sorted(set(table.label.str.strip()) - {''})
+        if not labels: raise PredictionsError('no row has a label.')
+        p = _complete(p, labels)
         kept = table[[c for c in ('image_id', 'patient_id', 'label', 'center_id', 'split') if c in table]]
         if 'image_id' not in kept: kept = kept.assign(image_id=[f'row {i + 1}' for i in range(len(kept))])
         kept = kept.assign(label=kept.label.str.strip(), **{f'p_{c}': p[c] for c in sorted(p)})

@@ -53,7 +53,7 @@ def _exchanges(patients, split, rng, tries=2000):
         if split[i] != split[j]: yield i, j
 
 def _even_centers(patients, split, rng, rounds=50):
-    "`split` after exchanges within classes that bring the counts of each center, over all classes, nearer to their shares"
+    "`split` after exchanges within classes that bring each center, over all classes, nearer to its shares"
     center, split = patients.center_id.factorize()[0].tolist(), split.tolist()
     counts = pd.crosstab(np.array(center), np.array(split)).to_numpy()
     excess = (counts - np.outer(counts.sum(1), counts.sum(0))/counts.sum()).tolist()
@@ -327,7 +327,7 @@ def nested_folds(
     inner:int=4,            # Folds that choose, inside the training set of each outer fold
     seed:int=0,             # Decides which patient goes where
 )->pd.DataFrame:            # outer, patient_id, inner: the fold for validation, <NA> where the patient is tested
-    "Inner folds for each outer fold, by patient, stratified, even over centers. `SplitError` on too few patients of a class"
+    "Inner folds for each outer fold, by patient, stratified, even over centers. `SplitError` on too few of a class"
     outer_folds = fold_patients(cohort, outer, seed=seed)
     tables = [_inner_folds(cohort, outer_folds, o, inner, seed) for o in range(outer)]
     out = pd.concat(tables, ignore_index=True)

@@ -1,5 +1,5 @@
 "The command line as a user has it: whole runs in processes of their own, wrong input, failures, a stopped training"
-import fcntl, json, os, re, shutil, signal, subprocess, sys
+import fcntl, json, os, re, shlex, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from strip_notebooks.bundle import load_bundle
-from strip_notebooks.cli import main
+from strip_notebooks.cli import main, parser
 from strip_notebooks.data.formats import write_image
+from strip_notebooks.findings import read_findings
 from strip_notebooks.metrics.compare import compare
 from strip_notebooks.predictions import aggregate_patients
 from strip_notebooks.runs import Run, list_runs
@@ -46,14 +47,27 @@ def demo(tmp_path_factory, worker_id):
 def test_demo_ends_with_a_table_and_a_report(demo):
     folder, said = demo
     assert re.search(r'^ +ROC AUC +[01]\.\d\d \([01]\.\d\d–[01]\.\d\d\)', said, flags=re.MULTILINE)
-    last = said[said.index('Next: open the report'):]
-    assert len(re.findall(r'^Patient AUC [01]\.\d\d \(95 % CI', last, flags=re.MULTILINE)) == 1
-    assert re.search(r'^(Better than every baseline|The model does (not do better|worse) than) ', last, flags=re.MULTILINE)
     page = Path(folder, said.strip().splitlines()[-1].removeprefix('report: ')).read_text()
     assert 'AUC' in page and page.count('src="data:image/png') >= 11
     assert 'src="http' not in page and 'href="http' not in page             # nothing is fetched
     runs = list_runs(folder/'runs')
     assert runs.step.tolist() == ['prepare', 'train', 'evaluate', 'report'] and set(runs.state) == {'finished'}
+
+def test_demo_ends_with_its_warnings_the_baselines_and_a_command_to_paste(demo):
+    "In this order below the verdict, so that a good number is not the last word"
+    folder, said = demo
+    end = said[said.rindex('\nPatient AUC '):]
+    assert re.match(r'\nPatient AUC [01]\.\d\d \(95 % CI', end)
+    assert re.search(r'^  (Better than every baseline|The model does (not do better|worse) than|Whether the model) ', end, flags=re.MULTILINE)
+    prepared = newest(folder/'runs', 'prepare')
+    warnings = [f for name in ('audit', 'checks') for f in read_findings(prepared.table(name)).warnings]
+    assert [re.search(rf'^  {f.verdict} {f.code}: ', end, flags=re.MULTILINE) for f in warnings].count(None) == 0
+    places = [end.index(words) for words in ('Patient AUC', 'Read the result together with this', 'Next, ', '\nreport: ')]
+    assert places == sorted(places) and end.strip().splitlines()[-1].startswith('report: ')
+    commands = re.findall(r'^Next, .*:\n  (.*)$', end, flags=re.MULTILINE)
+    parsed = [parser().parse_args(shlex.split(command)[1:]) for command in commands]
+    assert len(parsed) == 2 and parsed[-1].data == 'FOLDER_OR_CSV'
+    assert 'run train' in commands[0] or (parsed[0].test_centers not in parsed[0].train_centers.split(',') and parsed[0].patients == 60)
 
 def test_demo_passes_parameters_to_their_steps(demo):
     folder, _ = demo

@@ -73,10 +73,37 @@ def test_every_page_is_built(site):
     assert f"url={pages[0].replace('.ipynb', '.html')}" in (site/'index.html').read_text()
 
 def test_nothing_is_fetched_from_elsewhere(site):
-    "But smalldocs' KaTeX, on the pages with formulas: else a reader's address is told to nobody, and the pages look the same without a network"
-    fetched = re.compile(r'@import\s+(?:url\()?["\']?https?:|url\(["\']?https?:|<(?:script|img|iframe)[^>]+src="(?:https?:)?//(?!\S+/katex@)|<link[^>]+rel="stylesheet"[^>]+href="(?:https?:)?//(?!\S+/katex@)')
+    "So the pages look the same without a network, and nobody learns who reads them"
+    fetched = re.compile(r'@import\s+(?:url\()?["\']?https?:|url\(["\']?https?:|<(?:script|img|iframe)[^>]+src="(?:https?:)?//|<link[^>]+rel="stylesheet"[^>]+href="(?:https?:)?//')
     assert fetched.search('@import url(https://fonts.example.org/css2)') and fetched.search('<script defer src="https://example.org/a.js">')
     assert [p.name for p in site.rglob('*') if p.suffix in ('.html', '.css') and fetched.search(p.read_text(encoding='utf-8'))] == []
+
+def test_formulas_need_no_script(site):
+    "They are pictures in the page, with their TeX as text; Quarto, which would ask for MathJax, is given MathML for what may be left"
+    losses = (site/'nbs'/'400_training.losses.html').read_text()
+    assert losses.count('<img class="formula"') >= 8 and 'alt="w_c = N / (C\\,n_c)"' in losses and '<span class="formula-line">' in losses
+    for path in site.rglob('*.html'): assert 'class="math ' not in path.read_text(), path.name
+    assert yaml.safe_load((root/'_quarto.yml').read_text())['format']['html']['html-math-method'] == 'mathml'
+
+def test_the_index_of_names_is_complete(site):
+    "Every public function and class that nbdev knows, with a link to its place, and nothing private"
+    from strip_notebooks._modidx import d
+    names = {full.removeprefix(f'{module}.') for module, known in d['syms'].items() for full in known}
+    public = {n for n in names if not any(part.startswith('_') for part in n.split('.'))}
+    page = (site/'nbs'/'guides'/'api.html').read_text()
+    listed = set(re.findall(r'<a href="\.\./\d{3}_[\w.]+\.html#[\w.]+"><code>([\w.]+)</code></a>', page))
+    assert public - listed == set() and listed - public == set() and len(listed) > 400
+
+def test_the_example_report_is_part_of_the_site(site):
+    "One page without anything from elsewhere, small enough for the repository, and linked from the home page"
+    report = (site/'nbs'/'examples'/'report.html').read_text()
+    assert report == (root/'nbs'/'examples'/'report.html').read_text() and len(report) < 1_000_000
+    assert 'examples/report.html' in Page(site/'nbs'/'index.html').links and (root/'nbs'/'images'/'report.png').stat().st_size < 300_000
+
+def test_fields_of_named_tuples_and_data_classes_are_shown(site):
+    for page, names in {'030_statistics': ['value', 'low', 'high'], '310_bundle': [], '100_data.images': ['frame', 'slice', 'window']}.items():
+        text = (site/'nbs'/f'{page}.html').read_text()
+        for name in names: assert re.search(rf'<td><code>{name}</code></td>', text), f'{page}: the field {name} is not in a table'
 
 def test_every_link_leads_somewhere(site):
     assert list(dead_links(site)) == []
@@ -141,6 +168,17 @@ def test_the_filter_looks_up_a_prepared_page_without_importing_the_library(tmp_p
 def test_the_folder_of_a_page():
     assert [quarto_filter.page_folder(f) for f in (root/'nbs', root/'nbs'/'guides', root)] == ['', 'guides', '']
 
+def test_quarto_prepares_all_pages_in_one_process(toy, monkeypatch):
+    "What it runs first leaves every page where the filter looks; the site without Quarto does not run it"
+    config = yaml.safe_load((root/'_quarto.yml').read_text())
+    assert config['project']['pre-render'] == 'tools/prepare_pages.py' and 'pre-render' not in build_site.site_config(root/'_quarto.yml')['project']
+    shutil.copytree(tools, toy/'tools', ignore=shutil.ignore_patterns('__pycache__'))
+    done = subprocess.run([sys.executable, 'tools/prepare_pages.py'], cwd=toy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page, folder in {'index.ipynb': '', 'guides/other.ipynb': 'guides'}.items():
+        key = quarto_filter.page_key(json.loads((toy/'nbs'/page).read_text()), folder)
+        assert (toy/'_proc'/'pages'/f'{key}.json').is_file()
+
 # --- one page
 
 def text_of(page): return '\n'.join(sources(page) + [''.join(o.get('data', {}).get('text/markdown', '')) for c in page['cells'] for o in c.get('outputs', [])])
@@ -182,6 +220,18 @@ def test_a_page_shows_signatures_in_order_and_folds_the_source(here, tmp_path):
     assert any('class StripError' in s for s in folded) and any('def nearest' in s for s in folded)
     assert '### StripError' in text_of(page) and 'def StripError' not in text_of(page) and 'def nearest' in text_of(page)
 
+def test_formulas_become_pictures_and_code_does_not(here):
+    made = linked('A $x < 1$, a price of 5 $ or 6 $, `$code$`, and $$\\frac{1}{n}\\sum_i p_i$$')
+    assert made.count('<img class="formula"') == 2 and 'alt="x &lt; 1"' in made and '5 $ or 6 $, `$code$`' in made
+    assert made.count('<span class="formula-line">') == 1
+
+def test_fields_of_a_class():
+    import ast
+    source = 'class A(NamedTuple):\n    low:float # Lower bound\n    kind:str|None = None # Which\n    _hidden:int = 0\nclass B(Settings):\n    n:int = Field(3, ge=1, description="How many")'
+    first, second = ast.parse(source).body
+    assert list(page_tools.field_rows(first, source)) == [('low', 'float', '', 'Lower bound'), ('kind', 'str | None', 'None', 'Which')]
+    assert list(page_tools.field_rows(second, source)) == [('n', 'int', '3', 'How many')]
+
 # --- the whole site, on a project of two notebooks
 
 @pytest.fixture
@@ -220,6 +270,13 @@ def test_a_broken_link_ends_the_build(toy):
     assert done.returncode == 1 and 'broken link guides/nowhere.ipynb' in done.stderr and 'Traceback' not in done.stderr
     assert not (toy/'_docs').exists() and not (toy/'_proc').exists()
 
+def test_citation_changelog_and_contributing(here):
+    about = yaml.safe_load((root/'CITATION.cff').read_text())
+    settings = (root/'settings.ini').read_text()
+    assert f"version = {about['version']}\n" in settings and {'cff-version', 'message', 'title', 'authors', 'license'} <= set(about)
+    assert '## Unreleased' in (root/'CHANGELOG.md').read_text() and f"## {about['version']}" in (root/'CHANGELOG.md').read_text()
+    for target in re.findall(r'`make (\w+)`', (root/'CONTRIBUTING.md').read_text()): assert re.search(rf'^{target}:', (root/'Makefile').read_text(), flags=re.MULTILINE), target
+
 def test_a_page_that_does_not_exist_ends_the_build(toy):
     (toy/'nbs'/'guides'/'other.ipynb').unlink()
     done = build(toy)
@@ -232,8 +289,20 @@ def test_a_folder_without_a_site_is_refused(tmp_path):
 # --- the README
 
 def test_links_of_the_readme():
-    given = '[a](000_core.html#derive_seed) [b](guides/quickstart.ipynb) [c](https://quarto.org/a.html) ![d](a.png)'
-    assert readme.repository_links(given, 'nbs') == '[a](nbs/000_core.ipynb) [b](nbs/guides/quickstart.ipynb) [c](https://quarto.org/a.html) ![d](a.png)'
+    given = '[a](000_core.html#derive_seed) [b](guides/quickstart.ipynb) [c](https://quarto.org/a.html) ![d](a.png) ![e](images/b.png) [f](examples/report.html)'
+    assert readme.repository_links(given, 'nbs') == ('[a](nbs/000_core.ipynb) [b](nbs/guides/quickstart.ipynb) [c](https://quarto.org/a.html) ![d](a.png) '
+                                                     '![e](nbs/images/b.png) [f](nbs/examples/report.html)')
+
+def test_the_readme_names_commands_that_exist():
+    "Each command of its blocks is one of make or clot; `clot` takes the options"
+    from strip_notebooks.cli import parser
+    text = (root/'README.md').read_text()
+    lines = [line.split('#')[0].strip() for block in re.findall(r'^```\n(.*?)^```', text, flags=re.MULTILINE | re.DOTALL) for line in block.splitlines()]
+    targets = re.findall(r'^(\w+):', (root/'Makefile').read_text(), flags=re.MULTILINE)
+    for line in lines:
+        if line.startswith('make '): assert line.split()[1] in targets, line
+        if line.startswith('clot '): parser().parse_args(line.split()[1:])
+    assert {'make demo', 'source .venv/bin/activate'} <= set(lines) and sum(line.startswith('clot ') for line in lines) >= 4
 
 def test_pictures_of_the_readme_are_described():
     assert readme.described_pictures('![png](a.png) text', ['a.png'], ['A clot']) == '![A clot](a.png) text'

@@ -10,18 +10,18 @@ import yaml
 from nbdev.config import get_config
 
 from pages import page_notebook
-from quarto_filter import page_folder, page_key, prepared
 from readme import write_readme
 from strip_notebooks.core import StripError, atomic_path, write_json, write_text
 
 def site_config(
     path:Path,  # The `_quarto.yml`
 )->dict:
-    "The configuration of the site, less what needs Quarto, and with a redirect from the root to the first page"
+    "The configuration of the site, without what needs Quarto, and with a redirect from the root to the first page"
     config = yaml.safe_load(path.read_text(encoding='utf-8'))
     config.pop('execute', None)
     config['format']['html'].pop('ipynb-filters', None)
-    config['project']['resources'] = ['index.html']
+    config['project'].pop('pre-render', None)
+    config['project']['resources'] = ['index.html', *config['project'].get('resources', [])]
     return config
 
 def redirect(
@@ -53,7 +53,7 @@ def stage_site(
     pages = config['project']['render']
     for page, _, _, processed in processed_pages(root, pages): write_json(folder/page, processed)
     for extra in get_config().nbs_path.rglob('*.*'):
-        if extra.suffix in ('.css', '.png', '.svg') and '.ipynb_checkpoints' not in extra.parts:
+        if extra.suffix in ('.css', '.png', '.svg', '.html') and '.ipynb_checkpoints' not in extra.parts:
             with atomic_path(folder/extra.relative_to(root)) as p: shutil.copyfile(extra, p)
     write_text(folder/'_quarto.yml', yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     write_text(folder/'index.html', redirect(pages[0].replace('.ipynb', '.html')))
@@ -68,15 +68,6 @@ def run_tool(
     env = {**os.environ, 'PATH': path, 'QUARTO_PYTHON': sys.executable}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode: raise StripError(f'`{" ".join(map(str, command))}` failed:\n{done.stdout}{done.stderr}')
-
-def render_with_quarto(
-    root:Path,  # The project
-)->None:
-    "The site into _docs by Quarto, whose filter finds every page prepared"
-    pages = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['project']['render']
-    for _, folder, notebook, processed in processed_pages(root, pages):
-        write_json(prepared/f'{page_key(notebook, folder)}.json', processed)
-    run_tool('quarto', 'render', folder=root)
 
 def render_with_smalldocs(
     root:Path,      # The project
@@ -96,7 +87,7 @@ def build_site(
     write_readme()
     shutil.rmtree(root/'_proc', ignore_errors=True)
     try:
-        if shutil.which('quarto'): render_with_quarto(root)
+        if shutil.which('quarto'): run_tool('quarto', 'render', folder=root)   # which runs prepare_pages.py first
         else: render_with_smalldocs(root, root/'_proc'/'site')
     finally: shutil.rmtree(root/'_proc', ignore_errors=True)
 

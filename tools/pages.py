@@ -5,9 +5,12 @@ folded below its signature and the meaning of each argument, the housekeeping ce
 linked to the page that explains it. nbdev has processors that do this, one small change each; four are replaced here.
 """
 import ast, re
+from html import escape
 from importlib import import_module
+from io import StringIO
 from itertools import takewhile
 from pathlib import Path
+from tokenize import COMMENT, generate_tokens
 
 from execnb.nbio import dict2nb, mk_cell, nb2dict
 from nbdev import processors
@@ -15,6 +18,9 @@ from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, _nbpath2html, nbglob
 from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import Processor
+
+from api_index import api_index, marker
+from formulas import with_formulas
 
 def page_names(
     notebooks:Path,     # Folder of the notebooks
@@ -63,8 +69,37 @@ def method_names(
     classes = [c for c in cell.parsed_() or () if isinstance(c, ast.ClassDef)]
     return [f'{c.name}.{f.name}' for c in classes for f in c.body if isinstance(f, ast.FunctionDef)]
 
+def field_rows(
+    node,           # Class definition
+    source:str,     # Of its cell
+)->list[tuple]:     # Name, type, default and meaning of each field, as text
+    "The fields of a NamedTuple, a data class or a model of settings; none for other classes"
+    comments = {t.start[0]: t.string.lstrip('# ') for t in generate_tokens(StringIO(source).readline) if t.type == COMMENT}
+    for field in node.body:
+        if not isinstance(field, ast.AnnAssign) or field.target.id.startswith('_'): continue
+        value, about = field.value, comments.get(field.lineno, '')
+        if isinstance(value, ast.Call) and getattr(value.func, 'id', '') == 'Field':
+            about = next((k.value.value for k in value.keywords if k.arg == 'description'), about)
+            value = value.args[0] if value.args else None
+        elif isinstance(value, ast.Call): value = None      # of a data class: field(default_factory=...)
+        yield field.target.id, ast.unparse(field.annotation), ast.unparse(value) if value else '', about
+
+def field_tables(
+    cell,           # Code cell
+)->str:             # Markdown; empty without fields
+    "The fields of the classes that a cell defines, as tables; names are HTML, so that no function of that name is linked"
+    tables = []
+    for node in (c for c in cell.parsed_() or () if isinstance(c, ast.ClassDef)):
+        rows = list(field_rows(node, cell.source))
+        lines = [f'| <code>{name}</code> | `{kind}` | {f"<code>{escape(default)}</code>" if default else ""} | {about} |'
+                 for name, kind, default, about in [tuple(str(v).replace('|', '\\|') for v in row) for row in rows]]
+        if rows: tables += [f'Fields of `{node.name}`:', '', '| name | type | default | meaning |', '|---|---|---|---|', *lines, '']
+    return '\n'.join(tables)
+
 class FoldSource(Processor):
-    "Puts the source of an exported definition, folded, below its signatures, which come in the order of the code"
+    """Puts the source of an exported definition, folded, below its signatures, which come in the order of the code
+
+    Between the two are the fields of a class that has any: the signature of a NamedTuple does not say what they mean."""
     def begin(self):
         cells = self.nb.cells
         for i,cell in enumerate(cells):
@@ -72,9 +107,11 @@ class FoldSource(Processor):
             if not docs or getattr(cell, 'has_sd', 0): continue
             anchors = ''.join(f'<a id="{name.lower()}"></a>' for name in method_names(cell))
             anchor_cells = [mk_cell(anchors, 'markdown')] if anchors else []
+            fields = field_tables(cell)
+            field_cells = [mk_cell(fields, 'markdown')] if fields else []
             cell.source = f'#| code-fold: true\n#| code-summary: "Source"\n{cell.source}'
             cell.directives_ = {}
-            cells[i:i+1+len(docs)] = [*anchor_cells, *reversed(docs), cell]
+            cells[i:i+1+len(docs)] = [*anchor_cells, *reversed(docs), *field_cells, cell]
 
     def cell(self, cell):
         for output in cell.get('outputs', []):
@@ -123,5 +160,9 @@ def page_notebook(
     nb = dict2nb(notebook)
     nb.folder_, nb.path_ = folder, str(Path(folder)/'page.ipynb')
     PageProcessors()(nb)
-    for cell in nb.cells: cell.pop('has_sd', None)
+    for cell in nb.cells:
+        cell.pop('has_sd', None)
+        if cell.cell_type != 'markdown': continue
+        cell.source = with_formulas(cell.source)
+        if marker in cell.source: cell.source = cell.source.replace(marker, api_index(folder, page_names(get_config().nbs_path)))
     return nb2dict(nb)

@@ -1,8 +1,9 @@
 """The filter that Quarto calls: a notebook on standard input, the notebook of its page on standard output.
 
 Quarto starts one process per page, in the notebook's own folder. To process a page, the library has to be imported,
-which takes seconds; so `build_site.py` processes all pages in one process and keeps them in `_proc/pages`, and this
-filter only looks them up. A page that is not there, as when `quarto render` is called by hand, is processed here.
+which takes seconds; so `prepare_pages.py`, which Quarto runs before it renders, processes all pages in one process and
+keeps them in `_proc/pages`, and this filter only looks them up. A page that is not there, as one that was changed during a
+preview, is processed here.
 """
 import hashlib, json, sys
 from contextlib import redirect_stdout

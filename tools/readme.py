@@ -17,8 +17,9 @@ def repository_links(
     text:str,       # Markdown of a page among the notebooks
     notebooks:str,  # Their folder, relative to the README
 )->str:
-    "`text` with links to pages and notebooks turned into links to the notebooks in the repository"
-    return re.sub(r'\]\((?!\w+:)([\w./-]+)\.(?:ipynb|html)(?:#[^)]*)?\)', rf']({notebooks}/\1.ipynb)', text)
+    "`text` with links to pages and notebooks turned into links to the notebooks in the repository; files are found, too"
+    text = re.sub(r'\]\(((?:images|examples)/[\w./-]+)\)', rf']({notebooks}/\1)', text)
+    return re.sub(r'\]\((?!\w+:)([\w./-]+)\.(?:ipynb|html)(?:#[^)]*)?\)', lambda m: m[0] if m[1].startswith(f'{notebooks}/') else f']({notebooks}/{m[1]}.ipynb)', text)
 
 def plain_cell(
     cell:dict,  # Cell of a page
@@ -67,6 +68,9 @@ def write_readme(
     for path, png in pictures.items():
         with atomic_path(folder/path) as p: p.write_bytes(png)
     text = repository_links(described_pictures(text, list(pictures), descriptions), notebooks)
+    for path in set(re.findall(rf'\]\(({notebooks}/images/[\w./-]+)\)', text)) - set(pictures):
+        if (folder/path).resolve() == (config.config_path/path).resolve(): continue     # it is where it belongs
+        with atomic_path(folder/path) as p: p.write_bytes((config.config_path/path).read_bytes())
     head = '<!-- Made from nbs/index.ipynb by tools/readme.py; edit the notebook. -->\n'
     write_text(folder/'README.md', head + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n')
     return folder/'README.md'
