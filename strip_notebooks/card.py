@@ -110,12 +110,17 @@ def _estimate(row, prefix=''):
 
 def _title(row): return card_metrics.get(row['metric'], row['metric'].replace('_', ' '))
 
+_about_results = {
+    'validation': 'The epoch and the threshold were chosen on the validation patients, so their results are too good.',
+    'out-of-fold': 'The out-of-fold results are of the members of the ensemble, each on patients that it had not seen. '
+                   'The ensemble itself was trained on all patients, and is not tested.'}
+
 def _result_lines(rows):
     "A table of results in Markdown"
     if not rows: return ['Not stated.']
     lines = [f"| {r['patients']} | {_title(r)} | {_estimate(r)} | {r['note']} |" for r in rows]
-    said = 'The epoch and the threshold were chosen on the validation patients, so their results are too good.'
-    return ['| patients | metric | value | note |', '|---|---|---|---|', *lines, '', said]
+    said = [_about_results[p] for p in _about_results if p in {r['patients'] for r in rows}]
+    return ['| patients | metric | value | note |', '|---|---|---|---|', *lines, *(['', *said] if said else [])]
 
 def _baseline_lines(rows):
     "A table of baselines in Markdown"

@@ -166,7 +166,7 @@ def _source(prepared):
     return 'own images' if prepared.parameters.get('data') else prepared.record(Prepared).source
 
 def _count_tables(prepared, about):
-    "The sets, and why images were quarantined, where a run of prepare has no flow of patients"
+    "The sets, and why images were quarantined, for pages without a flow of patients"
     splits = prepared.table('splits').replace(dict(split=dict(train='training', val='validation')))
     tables = [shown_table(splits, 'Patients, images, patients of each class, and centers in each split')]
     if not about.quarantined: return tables
@@ -184,10 +184,10 @@ def cohort_section(
     used += f' {m.split} All images of a patient are in one split.'
     patients = patients_section(prepared)
     if patients['flow']: given, used = '', f'{source}, {centers}. {m.split} All images of a patient are in one split.'
-    tables = [] if patients['flow'] else _count_tables(prepared, m)
     fine = [f for f in found if f.verdict == Verdict.OK]
     caption = 'What varies in the cohort: patients per center, file formats, image sizes and brightness, by class.'
-    return dict(patients, paragraphs=[p for p in (given, used) if p], tables=tables, fine=shown_findings(fine),
+    return dict(patients, paragraphs=[p for p in (given, used) if p], fine=shown_findings(fine),
+                tables=_count_tables(prepared, m),
                 fine_lead=f'{plural(len(fine), "check")} without a problem',
                 findings=shown_findings([f for f in found if f.verdict != Verdict.OK]),
                 figure=shown_figure(prepared, 'validation', caption))
