@@ -357,7 +357,7 @@ def table(self:Run,
 def save_figure(self:Run,
     fig,            # Matplotlib figure
     name:str,       # Name without ending
-    dpi:int=150,    # Dots per inch
+    dpi:int=100,    # Dots per inch
 )->None:
     "Save a figure in the run, as PNG"
     with atomic_path(_writable(self, 'figures', f'{name}.png')) as path:
