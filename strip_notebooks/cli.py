@@ -235,45 +235,37 @@ def _reservations(warnings, baselines):
     return [f'Read the result together with this ({count}):', *lines] if lines else [f'{count.capitalize()}.']
 
 # %% ../nbs/990_cli.ipynb #ffd05610
-def _left_out_center(patients, least=5):
-    "The centers to train on and the one to test on, as (list, name); None where a class would have too few patients"
-    from strip_notebooks.data.cohort import sorted_centers
-    counts = patients.groupby(['center_id', 'label']).size().unstack(fill_value=0)
-    enough = (counts >= least) & (counts.sum() - counts >= 2*least)
-    fits = counts[enough.all(axis=1) & (counts.index != 'unknown')]
-    if not len(fits) or counts.index.str.contains(',').any(): return None
-    test = fits.min(axis=1).idxmax()
-    return [c for c in sorted_centers(counts.index) if c != test], test
+def _centers_can_be_left_out(cohort):
+    "Whether each center of a cohort can be tested by a model that was trained on the others"
+    from strip_notebooks.data.cohort import centers_look_like_patients
+    from strip_notebooks.splits import fold_split, leave_one_center_out
+    if centers_look_like_patients(cohort): return False
+    try:
+        folds = leave_one_center_out(cohort)
+        for fold in folds.fold.unique(): fold_split(cohort, folds, fold)
+    except StripError: return False
+    return True
 
-# %% ../nbs/990_cli.ipynb #62bddc31
+# %% ../nbs/990_cli.ipynb #6910d9ee
 def _program():
     "How this program is started here"
     return 'clot' if shutil.which('clot') else min(os.path.relpath(sys.argv[0]), os.path.abspath(sys.argv[0]), key=len)
 
-def _demo_words(args):
-    "The words of a `clot demo` with the options of this one"
-    given = {name: getattr(args, name) for name in [*_demo_options, 'f', 'runs']}
-    options = [(('-' if name == 'f' else '--') + name.replace('_', '-'), str(value))
-               for name, value in given.items() if value is not None]
-    return [_program(), 'demo', *(w for pair in [*options, *(('-p', p) for p in args.p)] for w in pair)]
-
-# %% ../nbs/990_cli.ipynb #173ade2b
 def _next_commands(args, prepared):
     "What to do after a demo, as pairs of a sentence and the command for it"
-    from strip_notebooks.data.cohort import centers_look_like_patients, patient_table
     from strip_notebooks.preparation import load_prepared
     from strip_notebooks.records import Prepared
     from strip_notebooks.runs import workspace
     cohort = load_prepared(workspace()/prepared.record(Prepared).cohort)[0]
-    left_out = None if centers_look_like_patients(cohort) else _left_out_center(patient_table(cohort))
-    if left_out and not args.test_centers:
-        centers = ['--train-centers', ','.join(left_out[0]), '--test-centers', left_out[1]]
-        about = f'the harder test, on a center that the model has not seen ({left_out[1]})'
-        yield about, [*_demo_words(args), *centers]
-    else:
-        runs = ['--runs', args.runs] if args.runs else []
-        train = ['run', 'train', '-p', f'prepare_run={prepared.name}', '-p', 'arch=resnet18', *runs]
-        yield 'another model on the same split; then `clot run evaluate` and `clot run report`', [_program(), *train]
+    given = demo_parameters(args)['train']
+    about, step = 'another model on the same split; then `clot run evaluate` and `clot run report`', 'train'
+    if _centers_can_be_left_out(cohort):
+        about, step = 'the harder test: each center by a model that has not seen it', 'crossval'
+        given = dict(scheme='leave_one_center_out', **given)
+    else: given = dict(given, arch='resnet18')
+    words = [w for name, value in given.items() for w in ('-p', f'{name}={value}')]
+    runs = ['--runs', args.runs] if args.runs else []
+    yield about, [_program(), 'run', step, '-p', f'prepare_run={prepared.name}', *words, *runs]
     if not args.data: yield 'the same with your own images', [_program(), 'demo', '--data', 'FOLDER_OR_CSV']
 
 # %% ../nbs/990_cli.ipynb #44b7b8fa

@@ -95,7 +95,7 @@ _schemes = dict(
     kfold='{folds}-fold cross-validation: each patient was tested once per seed, '
           'by a model that had not seen the patient.',
     repeated='{folds}-fold cross-validation with {assignments} assignments of patients to folds.',
-    leave_one_center_out='Each of the {folds:d} centers was left out once: its patients were tested by a model that '
+    leave_one_center_out='Each center, {folds:d} in all, was left out once: its patients were tested by a model that '
                          'had not seen any patient of the center.',
     nested='Nested {folds}-fold cross-validation: the settings of each model were chosen by a cross-validation of the '
            'other patients, so nobody who was tested had a say in them.')

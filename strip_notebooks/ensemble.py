@@ -22,11 +22,11 @@ def _pixels(spec):
     "The preprocessing without the normalization"
     return {k: v for k, v in spec['preprocessing'].items() if k not in ('normalize', 'shift', 'scale')}
 
-def _check_members(specs):
+def _check_members(specs, shared=_shared):
     "A `BundleError` unless there are members and they can predict as one"
     if not specs: raise BundleError('An ensemble needs at least one member.')
     for k, spec in enumerate(specs[1:], 2):
-        wrong = [name for name in _shared if spec[name] != specs[0][name]]
+        wrong = [name for name in shared if spec[name] != specs[0][name]]
         if _pixels(spec) != _pixels(specs[0]): wrong.append('preprocessing')
         if wrong: raise BundleError(f'Member {k} of the ensemble has another {wrong[0]} than the first; '
                                     'an ensemble needs models for the same task.')
@@ -74,7 +74,7 @@ def _one_member(name, files, spec, device):
         raise BundleError(f'{name} does not describe a model: the bundle is corrupt.')
     if about['runtime'] == 'ensemble': raise BundleError(f'{name} is an ensemble itself, which is not supported.')
     own = {n.removeprefix(f'{stem}.'): data for n, data in files.items() if n.startswith(f'{stem}.') and n != name}
-    _check_members([spec, check_spec(about['spec'], about['kind'])])
+    _check_members([spec, check_spec(about['spec'], about['kind'])], ['classes', 'in_channels'])
     return make_bundle(about['spec'], own, about['runtime'], device, about['kind'])
 
 # %% ../nbs/315_ensemble.ipynb #ff0c82ae

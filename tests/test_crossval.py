@@ -31,13 +31,13 @@ def crossval(folder, *parameters):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    "A workspace with a prepared cohort: 48 patients, LAA are brighter, and center c2 has patients of CE only"
+    "A workspace with a prepared cohort: 48 patients, LAA a little brighter, and center c2 has patients of CE only"
     folder, rows = tmp_path_factory.mktemp('crossval'), []
     rng = np.random.default_rng(0)
     for k in range(48):
         laa = k%3 == 0
         center = 'c2' if k >= 40 and not laa else f'c{k%2}'
-        image = rng.normal(110 + 40*laa, 20, (40, 40, 3)).clip(0, 255).astype(np.uint8)
+        image = rng.normal(rng.normal(110 + 15*laa, 12), 20, (40, 40, 3)).clip(0, 255).astype(np.uint8)
         write_image(folder/f'{k}.png', image)
         rows.append(dict(image_id=f'i{k}', patient_id=f'p{k}', label='LAA' if laa else 'CE', center_id=center, path=f'{k}.png'))
     pd.DataFrame(rows).to_csv(folder/'cohort.csv', index=False)

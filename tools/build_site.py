@@ -19,7 +19,7 @@ def site_config(
     "The configuration of the site, without what needs Quarto, and with a redirect from the root to the first page"
     config = yaml.safe_load(path.read_text(encoding='utf-8'))
     config.pop('execute', None)
-    config['format']['html'].pop('ipynb-filters', None)
+    for key in ('ipynb-filters', 'html-math-method'): config['format']['html'].pop(key, None)
     config['project'].pop('pre-render', None)
     config['project']['resources'] = ['index.html', *config['project'].get('resources', [])]
     return config
