@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['step_settings', 'check_pairs', 'check_window_pair', 'check_split', 'check_images', 'CohortSettings',
            'ReadingSettings', 'PixelSettings', 'PrepareSettings', 'TrainSettings', 'CrossvalSettings',
-           'PretrainSettings', 'EvaluateSettings', 'check_table', 'EvaluateTableSettings', 'DeriveSettings',
-           'ReportSettings', 'BenchmarkSettings', 'setting_parameters', 'setting_range']
+           'PretrainSettings', 'EvaluateSettings', 'StatedSettings', 'check_table', 'EvaluateTableSettings',
+           'DeriveSettings', 'ReportSettings', 'BenchmarkSettings', 'setting_parameters', 'setting_range']
 
 # %% ../nbs/895_settings.ipynb #9e349596
 from typing import Literal, get_args, get_origin
@@ -149,6 +149,16 @@ class EvaluateSettings(Settings):
     stratified:bool = Field(
         False, description='Resample within each class, for a study with fixed class counts such as case-control')
 
+# %% ../nbs/895_settings.ipynb #c0b0ccfd
+class StatedSettings(Settings):
+    "What the authors of a report say about their study"
+    title:str = Field('', description='Title of the report; empty takes the names of the classes')
+    about:str = Field('', description='What the study is about, in a sentence or two')
+    author:str = Field('', description='Who made it')
+    eligibility:str = Field('', description='Which patients could take part')
+    dates:str = Field('', description='When the patients were treated')
+    reference_standard:str = Field('', description='How the true class of a patient was found, and by whom')
+
 # %% ../nbs/895_settings.ipynb #91a826c8
 def check_table(
     settings,   # Of evaluate_table
@@ -160,7 +170,7 @@ def check_table(
     chosen_positive(classes_of(table), settings.positive)
     return settings
 
-class EvaluateTableSettings(Settings):
+class EvaluateTableSettings(StatedSettings):
     "How someone else's predictions are evaluated"
     table:str = Field(
         '', description='A CSV with patient_id, label, and a probability column for each class or one of two')
@@ -191,7 +201,7 @@ class DeriveSettings(Settings):
         1., gt=0, lt=1000, description='Divides the logits: above 1 softens the probabilities, below 1 sharpens them')
 
 # %% ../nbs/895_settings.ipynb #49626147
-class ReportSettings(Settings):
+class ReportSettings(StatedSettings):
     "What is reported"
     evaluate_run:str = Field('', description='A run of evaluate; empty takes the newest')
 
