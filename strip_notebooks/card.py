@@ -91,6 +91,11 @@ def _text(value):
 
 def _list(section): return [f"- {k.replace('_', ' ')}: {_text(v)}" for k, v in section.items()]
 
+_about_results = {
+    'validation': 'The epoch and the threshold were chosen on the validation patients, so their results are too good.',
+    'out-of-fold': 'The out-of-fold results are of the members of the ensemble, each on patients that it had not seen. '
+                   'The ensemble itself was trained on all patients, and is not tested.'}
+
 def _result_lines(rows):
     "A table of results in Markdown"
     if not rows: return ['Not stated.']
@@ -98,8 +103,8 @@ def _result_lines(rows):
     def cell(r): return estimate_text(Estimate(*(nan if r[k] is None else r[k] for k in ('value', 'low', 'high'))))
     def title(r): return card_metrics.get(r['metric'], r['metric'])
     lines = [f"| {r['patients']} | {title(r)} | {cell(r)} | {r['note']} |" for r in rows]
-    said = 'The epoch and the threshold were chosen on the validation patients, so their results are too good.'
-    return ['| patients | metric | value | note |', '|---|---|---|---|', *lines, '', said]
+    said = [_about_results[p] for p in _about_results if p in {r['patients'] for r in rows}]
+    return ['| patients | metric | value | note |', '|---|---|---|---|', *lines, *(['', *said] if said else [])]
 
 # %% ../nbs/920_card.ipynb #cebe097d
 def _card_parts(card):
@@ -107,7 +112,7 @@ def _card_parts(card):
     warned = [f"- {w['verdict']}: {w['sentence']} ({w['code']})" for w in card['warnings']]
     return {'Intended use': [card['intended_use'], '', card['not_for']],
             'Results per patient': _result_lines(card['results']),
-            'Baselines': _result_lines(card['baselines'])[:-2] or ['Not stated.'],
+            'Baselines': _result_lines(card['baselines']),
             'Warnings': warned or ['None stated.'],
             'Data': _list(card['data']) or ['Not stated.'],
             'Training': _list(card['training']) or ['Not stated.'],

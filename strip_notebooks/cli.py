@@ -189,16 +189,18 @@ def runs_command(
 # %% ../nbs/990_cli.ipynb #82072f80
 _demo_options = dict(data=['prepare'], columns=['prepare'], preset=['prepare'], patients=['prepare'],
                      size=['prepare'], positive=['prepare'], train_centers=['prepare'], test_centers=['prepare'],
-                     arch=['train'], epochs=['train'], seed=['prepare', 'train', 'evaluate'])
+                     arch=['train', 'crossval'], epochs=['train', 'crossval'],
+                     seed=['prepare', 'train', 'evaluate', 'crossval'])
 
 def demo_parameters(
     args,       # The parsed words after `clot demo`
 )->dict:        # Step -> name -> value
     "The parameters of each step of the demo"
     steps = dict(prepare={}, train={}, evaluate={}, report={})
+    if args.crossval: steps['crossval'] = dict(folds=3)
     for name, where in _demo_options.items():
         value = getattr(args, name)
-        for step in where: steps[step].update({} if value is None else {name: value})
+        for step in set(where) & set(steps): steps[step].update({} if value is None else {name: value})
     for full, value in gather_parameters(args.p, args.f).items():
         step, dot, name = full.partition('.')
         if not dot: raise StripError(f'-p {full!r} must name a step and its parameter, such as train.epochs=3.')
@@ -233,45 +235,37 @@ def _reservations(warnings, baselines):
     return [f'Read the result together with this ({count}):', *lines] if lines else [f'{count.capitalize()}.']
 
 # %% ../nbs/990_cli.ipynb #ffd05610
-def _left_out_center(patients, least=5):
-    "The centers to train on and the one to test on, as (list, name); None where a class would have too few patients"
-    from strip_notebooks.data.cohort import sorted_centers
-    counts = patients.groupby(['center_id', 'label']).size().unstack(fill_value=0)
-    enough = (counts >= least) & (counts.sum() - counts >= 2*least)
-    fits = counts[enough.all(axis=1) & (counts.index != 'unknown')]
-    if not len(fits) or counts.index.str.contains(',').any(): return None
-    test = fits.min(axis=1).idxmax()
-    return [c for c in sorted_centers(counts.index) if c != test], test
+def _centers_can_be_left_out(cohort):
+    "Whether each center of a cohort can be tested by a model that was trained on the others"
+    from strip_notebooks.data.cohort import centers_look_like_patients
+    from strip_notebooks.splits import fold_split, leave_one_center_out
+    if centers_look_like_patients(cohort): return False
+    try:
+        folds = leave_one_center_out(cohort)
+        for fold in folds.fold.unique(): fold_split(cohort, folds, fold)
+    except StripError: return False
+    return True
 
-# %% ../nbs/990_cli.ipynb #62bddc31
+# %% ../nbs/990_cli.ipynb #6910d9ee
 def _program():
     "How this program is started here"
     return 'clot' if shutil.which('clot') else min(os.path.relpath(sys.argv[0]), os.path.abspath(sys.argv[0]), key=len)
 
-def _demo_words(args):
-    "The words of a `clot demo` with the options of this one"
-    given = {name: getattr(args, name) for name in [*_demo_options, 'f', 'runs']}
-    options = [(('-' if name == 'f' else '--') + name.replace('_', '-'), str(value))
-               for name, value in given.items() if value is not None]
-    return [_program(), 'demo', *(w for pair in [*options, *(('-p', p) for p in args.p)] for w in pair)]
-
-# %% ../nbs/990_cli.ipynb #173ade2b
 def _next_commands(args, prepared):
     "What to do after a demo, as pairs of a sentence and the command for it"
-    from strip_notebooks.data.cohort import centers_look_like_patients, patient_table
     from strip_notebooks.preparation import load_prepared
     from strip_notebooks.records import Prepared
     from strip_notebooks.runs import workspace
     cohort = load_prepared(workspace()/prepared.record(Prepared).cohort)[0]
-    left_out = None if centers_look_like_patients(cohort) else _left_out_center(patient_table(cohort))
-    if left_out and not args.test_centers:
-        centers = ['--train-centers', ','.join(left_out[0]), '--test-centers', left_out[1]]
-        about = f'the harder test, on a center that the model has not seen ({left_out[1]})'
-        yield about, [*_demo_words(args), *centers]
-    else:
-        runs = ['--runs', args.runs] if args.runs else []
-        train = ['run', 'train', '-p', f'prepare_run={prepared.name}', '-p', 'arch=resnet18', *runs]
-        yield 'another model on the same split; then `clot run evaluate` and `clot run report`', [_program(), *train]
+    given = demo_parameters(args)['train']
+    about, step = 'another model on the same split; then `clot run evaluate` and `clot run report`', 'train'
+    if _centers_can_be_left_out(cohort):
+        about, step = 'the harder test: each center by a model that has not seen it', 'crossval'
+        given = dict(scheme='leave_one_center_out', **given)
+    else: given = dict(given, arch='resnet18')
+    words = [w for name, value in given.items() for w in ('-p', f'{name}={value}')]
+    runs = ['--runs', args.runs] if args.runs else []
+    yield about, [_program(), 'run', step, '-p', f'prepare_run={prepared.name}', *words, *runs]
     if not args.data: yield 'the same with your own images', [_program(), 'demo', '--data', 'FOLDER_OR_CSV']
 
 # %% ../nbs/990_cli.ipynb #44b7b8fa
@@ -283,8 +277,11 @@ def _demo_end(args, runs):
     lines = _reservations(warnings, baseline_sentence(runs['evaluate'].table('baselines')))
     for about, command in _next_commands(args, runs['prepare']):
         lines += ['', f'Next, {about}:', f'  {shlex.join(command)}']
-    return '\n'.join([_summary(runs['evaluate']), *lines, '', f"report: {runs['report'].report}"]).replace('\n\n\n', '\n\n')
+    before = [f"{_summary(r)}\ncross-validation: {r.report}" for step, r in runs.items() if step == 'crossval']
+    text = '\n'.join([*before, _summary(runs['evaluate']), *lines, '', f"report: {runs['report'].report}"])
+    return text.replace('\n\n\n', '\n\n')
 
+# %% ../nbs/990_cli.ipynb #57e425f2
 def demo_command(
     args,   # The parsed words after `clot demo`
 )->None:
@@ -296,8 +293,9 @@ def demo_command(
     runs = {}
     for n, (step, parameters) in enumerate(steps.items()):
         print(f'[{n + 1}/{len(steps)}] {step}', flush=True)
-        before = [(f'{name}_run', run.name) for name, run in runs.items()][-1:]
-        runs[step] = run_experiment(step, {**parameters, **dict(before)}, args.runs)
+        base = 'prepare' if step == 'crossval' else list(steps)[n - 1]
+        before = {f'{base}_run': runs[base].name} if runs else {}
+        runs[step] = run_experiment(step, {**parameters, **before}, args.runs)
     print(_demo_end(args, runs))
 
 # %% ../nbs/990_cli.ipynb #ba875720
@@ -369,13 +367,14 @@ def _add_demo(command):
     _option(command, 'train-centers', 'A,B', 'train only on these centers; goes with --test-centers')
     _option(command, 'test-centers', 'C', 'test only on these centers; goes with --train-centers')
     _option(command, 'seed', 'N', 'seed of everything, 0 to 4294967295', type=int)
+    command.add_argument('--crossval', action='store_true', help='end with a cross-validation of 3 folds')
     _add_parameters(command, 'train.lr=0.001')
 
 # %% ../nbs/990_cli.ipynb #b0f92bd1
 def _add_run(command):
     "The options of `clot run`"
     command.add_argument('step', nargs='?', metavar='STEP',
-                         help='prepare, train, derive, evaluate, report or benchmark, or the path of a notebook')
+                         help='prepare, train, crossval, derive, evaluate, report, or the path of a notebook')
     command.add_argument('-h', '--help', '--list', dest='help', action='store_true',
                          help='show this page; with a STEP, its parameters and their ranges')
     _add_parameters(command, 'epochs=3')

@@ -393,7 +393,8 @@ def find_run(
                           f'create one with `clot run {steps[0]}`.')
 
 # %% ../nbs/900_experiments.ipynb #eeb5408a
-builds_on = dict(train=('prepare_run', ['prepare']), derive=('train_run', ['train']),
+builds_on = dict(train=('prepare_run', ['prepare']), crossval=('prepare_run', ['prepare']),
+                 derive=('train_run', ['train']),
                  evaluate=('train_run', ['train', 'derive']), report=('evaluate_run', ['evaluate']))
 
 def with_parent(
@@ -503,7 +504,7 @@ def _minutes(status):
 
 def _settings_of(run):
     "data, model, epochs, seed and minutes of a run, as text"
-    prepared, trained = _origin(run, 'prepare'), _origin(run, 'train')
+    prepared, trained = _origin(run, 'prepare'), _origin(run, 'train') or _origin(run, 'crossval')
     given = trained.parameters if trained else {}
     return dict(data=_data_words(prepared) if prepared else '', model=given.get('arch', ''),
                 epochs=str(given.get('epochs', '')), seed=str(run.parameters.get('seed', given.get('seed', ''))),

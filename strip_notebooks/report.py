@@ -33,13 +33,14 @@ def _asset(name):
     return (files('strip_notebooks')/'assets'/name).read_text(encoding='utf-8')
 
 def page_html(
+    template:str='report.j2',   # A template of the package
     **values,   # What the template shows: text, lists and dicts
 )->str:         # HTML
     "The template filled in, with all values escaped"
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_asset('report.j2'))
-    return template.render(style=Markup(_asset('report.css')), **values)
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_asset(template))
+    return page.render(style=Markup(_asset('report.css')), **values)
 
 # %% ../nbs/950_report.ipynb #c3a1a48e
 def interval_text(

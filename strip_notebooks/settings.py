@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['step_settings', 'check_pairs', 'check_window_pair', 'check_split', 'check_images', 'CohortSettings',
-           'ReadingSettings', 'PixelSettings', 'PrepareSettings', 'TrainSettings', 'EvaluateSettings', 'check_table',
-           'EvaluateTableSettings', 'DeriveSettings', 'ReportSettings', 'BenchmarkSettings', 'setting_parameters',
-           'setting_range']
+           'ReadingSettings', 'PixelSettings', 'PrepareSettings', 'TrainSettings', 'CrossvalSettings',
+           'EvaluateSettings', 'check_table', 'EvaluateTableSettings', 'DeriveSettings', 'ReportSettings',
+           'BenchmarkSettings', 'setting_parameters', 'setting_range']
 
 # %% ../nbs/895_settings.ipynb #9e349596
 from typing import Literal, get_args, get_origin
@@ -14,6 +14,7 @@ from typing import Literal, get_args, get_origin
 from pydantic import Field, field_validator, model_validator
 
 from .training.config import Settings, SettingsError, TrainConfig, parameter_type
+from .training.schemes import CrossvalConfig
 
 # %% ../nbs/895_settings.ipynb #7f1ccc82
 def check_pairs(
@@ -125,6 +126,11 @@ class TrainSettings(TrainConfig):
     "How a model is trained, and on what"
     prepare_run:str = Field('', description='A run of prepare; empty takes the newest')
 
+# %% ../nbs/895_settings.ipynb #b98b5f88
+class CrossvalSettings(TrainSettings, CrossvalConfig):
+    "Which patients test which models, and how each model is trained"
+    resamples:int = Field(2000, ge=100, le=100_000, description='Bootstrap resamples of patients')
+
 # %% ../nbs/895_settings.ipynb #5fda3a5a
 class EvaluateSettings(Settings):
     "How a model is evaluated; the operating point is in its bundle"
@@ -187,8 +193,9 @@ class BenchmarkSettings(Settings):
     turns:int = Field(5, ge=1, le=1000, description='How often the parts take turns; the median counts')
 
 # %% ../nbs/895_settings.ipynb #32a67f12
-step_settings = dict(prepare=PrepareSettings, train=TrainSettings, derive=DeriveSettings, evaluate=EvaluateSettings,
-                     evaluate_table=EvaluateTableSettings, report=ReportSettings, benchmark=BenchmarkSettings)
+step_settings = dict(prepare=PrepareSettings, train=TrainSettings, crossval=CrossvalSettings, derive=DeriveSettings,
+                     evaluate=EvaluateSettings, evaluate_table=EvaluateTableSettings, report=ReportSettings,
+                     benchmark=BenchmarkSettings)
 
 # %% ../nbs/895_settings.ipynb #b9e83ad5
 def setting_parameters(

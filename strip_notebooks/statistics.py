@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['normal_quantile', 'most_resamples', 'Estimate', 'cumulative_counts', 'auc', 'weighted_log_loss', 'prior_shift',
            'check_resamples', 'resample_blocks', 'bootstrap_weights', 'resampled', 'interval', 'bootstrap_interval',
-           'wilson_interval', 'auc_variance', 'newcombe_auc_interval', 'auc_interval', 'delong_paired', 'holm',
-           'permutation_p']
+           'wilson_interval', 'auc_variance', 'newcombe_auc_interval', 'log_odds_interval', 'auc_interval',
+           'delong_paired', 'holm', 'permutation_p']
 
 # %% ../nbs/030_statistics.ipynb #6364de70
 from typing import NamedTuple
@@ -244,8 +244,11 @@ def newcombe_auc_interval(
     return float(low), float(high)
 
 # %% ../nbs/030_statistics.ipynb #3902d422
-def _log_odds_interval(value, variances):
-    "95 % interval of an AUC between 0 and 1 from the variance and the number of patients of each class"
+def log_odds_interval(
+    value:float,    # The AUC, above 0 and below 1
+    variances,      # Of each class: its part of the variance of the AUC, and its number of patients, 2 or more
+)->tuple:           # low, high
+    "95 % interval of an AUC from the variance and the number of patients of each class"
     from scipy.special import expit, logit
     from scipy.stats import t
     whole = sum(v for v,_ in variances)
@@ -266,7 +269,7 @@ def auc_interval(
     if np.isnan(value): return Estimate(value, *none)
     variances = _class_variances(y, p, who)
     if min(n for _,n in variances) < 2: return Estimate(value, *none)
-    if any(v for v,_ in variances): return Estimate(value, *_log_odds_interval(value, variances))
+    if any(v for v,_ in variances): return Estimate(value, *log_odds_interval(value, variances))
     return Estimate(value, *newcombe_auc_interval(value, *(n for _,n in variances)))
 
 # %% ../nbs/030_statistics.ipynb #36d25782

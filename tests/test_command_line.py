@@ -67,7 +67,8 @@ def test_demo_ends_with_its_warnings_the_baselines_and_a_command_to_paste(demo):
     commands = re.findall(r'^Next, .*:\n  (.*)$', end, flags=re.MULTILINE)
     parsed = [parser().parse_args(shlex.split(command)[1:]) for command in commands]
     assert len(parsed) == 2 and parsed[-1].data == 'FOLDER_OR_CSV'
-    assert 'run train' in commands[0] or (parsed[0].test_centers not in parsed[0].train_centers.split(',') and parsed[0].patients == 60)
+    assert re.search(' run (train|crossval) ', commands[0]) and 'epochs=2' in commands[0]
+    assert f'prepare_run={prepared.name}' in commands[0] and (('scheme=leave_one_center_out' in commands[0]) == ('crossval' in commands[0]))
 
 def test_demo_passes_parameters_to_their_steps(demo):
     folder, _ = demo

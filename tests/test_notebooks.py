@@ -1,4 +1,6 @@
-"Every library notebook and every guide runs from top to bottom, in a fresh namespace; experiments are run by the tests of the command line"
+"""Every library notebook and every guide runs from top to bottom, in a fresh namespace
+
+Experiments are run by the tests of the command line, explorers by test_explore.py, in a workspace of their own."""
 import os
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from nbdev.doclinks import nbglob
 from nbdev.test import test_nb as run_notebook
 
 root = Path(__file__).resolve().parents[1]
-notebooks = sorted(p.resolve() for p in nbglob(root/'nbs', as_path=True) if 'experiments' not in p.parts)
+notebooks = sorted(p.resolve() for p in nbglob(root/'nbs', as_path=True) if not {'experiments', 'explore'} & set(p.parts))
 def name(path): return path.relative_to(root/'nbs').as_posix()
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['added_patients', 'size_columns', 'baseline_metrics', 'baseline_words', 'baseline_features', 'group_shares',
-           'size_groups', 'color_shares', 'relative_colors', 'baseline_predictions', 'baseline_table', 'Strongest',
-           'strongest_baseline', 'baseline_sentence']
+           'size_groups', 'color_shares', 'relative_colors', 'fitted_baselines', 'baseline_predictions',
+           'baseline_table', 'Strongest', 'strongest_baseline', 'baseline_sentence']
 
 # %% ../../nbs/550_metrics.baselines.ipynb #75685e35
 from typing import NamedTuple
@@ -93,16 +93,21 @@ def _probabilities(train, test):
     inside, outside = relative_colors(train, train), relative_colors(train, test)
     return found | {'tissue color within centers': color_shares(inside, outside)}
 
+def fitted_baselines(
+    patients:pd.DataFrame,      # From `baseline_features`, with the sets to train on and to test on
+)->dict[str, pd.DataFrame]:     # Name of each baseline -> predictions per test patient
+    "Baselines fitted on the training patients, and their predictions for the test patients"
+    train, test = (patients[patients.split == s].reset_index(drop=True) for s in ('train', 'test'))
+    classes = sorted(train.label.unique())
+    if len(classes) < 2: raise StripError('The training patients are of one class; a baseline needs two.')
+    return {name: make_predictions(test, p, classes) for name, p in _probabilities(train, test).items()}
+
 def baseline_predictions(
     images:pd.DataFrame,    # One row per image, with labels and splits: a cohort, or predictions
     cache,                  # The pixels of its images, and their `measures`
 )->dict[str, pd.DataFrame]: # Name of each baseline -> predictions per test patient
     "Baselines fitted on the training patients, and their predictions for the test patients"
-    patients = baseline_features(images, cache)
-    train, test = (patients[patients.split == s].reset_index(drop=True) for s in ('train', 'test'))
-    classes = sorted(train.label.unique())
-    if len(classes) < 2: raise StripError('The training patients are of one class; a baseline needs two.')
-    return {name: make_predictions(test, p, classes) for name, p in _probabilities(train, test).items()}
+    return fitted_baselines(baseline_features(images, cache))
 
 # %% ../../nbs/550_metrics.baselines.ipynb #17a77606
 baseline_metrics = ['roc_auc', 'weighted_log_loss']
