@@ -45,7 +45,7 @@ class ThresholdExplorer(Explorer):
                                           readout_format='.3f', layout=widgets.Layout(width='460px'))
         self.back = widgets.Button(description='Operating point', tooltip='Back to the threshold of the model')
         self.said, self.matrix, self.values = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.curves = widgets.Image(format='png', layout=widgets.Layout(max_width='100%', object_fit='contain'))
+        self.curves = widgets.Image(format='png', layout=widgets.Layout(width='461px', max_width='100%'))
         parts = dict(slider=self.slider, said=self.said, matrix=self.matrix, values=self.values, curves=self.curves)
         for name,part in parts.items(): part.add_class(f'strip-{name}')
         self.back.on_click(self.to_operating_point)
