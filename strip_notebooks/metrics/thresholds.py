@@ -21,10 +21,11 @@ thresholds = np.arange(1, 100)/100      # Those that are looked at
 def threshold_curves(
     y,                      # (P,) 0 or 1
     p,                      # (P,) probabilities of 1
-    at=thresholds,          # (T,) thresholds, above 0 and below 1
+    at=None,                # (T,) thresholds, above 0 and below 1; None takes 0.01 to 0.99
 )->pd.DataFrame:            # Index threshold; tp, fp, fn, tn, sensitivity, specificity, ppv, npv, benefit, everyone
     "Counts, shares (NaN where nobody is counted) and net benefit at each threshold"
-    y,acted = np.asarray(y) == 1, np.asarray(p, float) >= np.asarray(at, float)[:, None]
+    at = thresholds if at is None else np.asarray(at, float)
+    y,acted = np.asarray(y) == 1, np.asarray(p, float) >= at[:, None]
     tp,fp = (acted & y).sum(1), (acted & ~y).sum(1)
     fn,tn = y.sum() - tp, (~y).sum() - fp
     benefit,everyone = net_benefit(y, p, at)
