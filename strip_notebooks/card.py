@@ -122,6 +122,7 @@ def _result_lines(rows):
     said = [_about_results[p] for p in _about_results if p in {r['patients'] for r in rows}]
     return ['| patients | metric | value | note |', '|---|---|---|---|', *lines, *(['', *said] if said else [])]
 
+# %% ../nbs/920_card.ipynb #db053c48
 def _baseline_lines(rows):
     "A table of baselines in Markdown"
     if not rows: return ['Not stated.']
@@ -190,6 +191,7 @@ def write_card(
     for name, data in _card_bytes(card).items(): write_text(run.path/name, data.decode())
     return card
 
+# %% ../nbs/920_card.ipynb #164fa392
 def run_card(
     run:Run,    # A run of evaluate
 ):              # The card as JSON holds it; None if it has none

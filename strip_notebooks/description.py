@@ -100,6 +100,7 @@ def _known_centers(patients):
     "The center of each patient, None where it is not known"
     return patients.center_id.where(patients.center_id != 'unknown', None)
 
+# %% ../nbs/230_description.ipynb #530b8222
 def description_table(
     cohort:pd.DataFrame,    # A labeled cohort with `split`
 )->pd.DataFrame:            # attribute, level, split, label, patients, value, low, high
@@ -115,8 +116,8 @@ def description_table(
     for name in attribute_columns(cohort):
         values = patient_attribute(cohort[name], cohort.patient_id)
         hidden = f'not shown ({plural(values.nunique(), "value")})'
-        if looks_like_ids(values): rows += _group_rows(_count(values.notna()), groups, dict(attribute=name, level=hidden))
-        else: rows += _attribute_rows(name, values, groups)
+        if not looks_like_ids(values): rows += _attribute_rows(name, values, groups)
+        else: rows += _group_rows(_count(values.notna()), groups, dict(attribute=name, level=hidden))
     return pd.DataFrame(rows)
 
 # %% ../nbs/230_description.ipynb #7562e91f

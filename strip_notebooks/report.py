@@ -172,6 +172,7 @@ def _count_tables(prepared, about):
     if not about.quarantined: return tables
     return [*tables, shown_table(prepared.table('quarantine_reasons'), 'Quarantined images by reason')]
 
+# %% ../nbs/950_report.ipynb #3e3eae5a
 def cohort_section(
     prepared:Run,   # A run of prepare
 )->dict:
@@ -285,6 +286,7 @@ def _centers(evaluated, titles):
                 table=shown_table(wide_table(known, titles), caption, keep) if len(known) else None,
                 figure=optional_figure(evaluated, 'forest', forest_caption))
 
+# %% ../nbs/950_report.ipynb #494947c2
 baseline_caption = ('Test set, 95 % CI. Baselines are fitted on the training patients, from the same pixels; '
                     'differences are paired')
 
@@ -299,6 +301,7 @@ def _classes(evaluated, titles):
     table = wide_table(evaluated.table('classes', text=['class']), titles)
     return shown_table(table, caption, keep=list(titles.values()))
 
+# %% ../nbs/950_report.ipynb #bd05fe09
 def result_section(
     evaluated:Run,          # A run of evaluate
     best_auc:float|None,    # The best patient AUC that a synthetic cohort allows, if known

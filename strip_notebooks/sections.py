@@ -249,13 +249,15 @@ def _card_tables(card):
               for rows, caption in ((results, 'Results'), (found, 'Model and baselines on the test patients')) if rows]
     return tables
 
+# %% ../nbs/934_sections.ipynb #c906e22d
 def card_section(
     card:dict|None,     # The card of an evaluated model
 ):                      # title, lists (title and rows) and tables; None without a card
     "The model card for the template"
     if card is None: return None
     m = card['model']
-    lists = [('Use', [('Intended use', card['intended_use']), ('Not for', card['not_for']), ('License', card['license'])])]
+    uses = [('Intended use', 'intended_use'), ('Not for', 'not_for'), ('License', 'license')]
+    lists = [('Use', [(title, card[key]) for title, key in uses])]
     for name in ('model', 'data', 'training'):
         rows = [(k.replace('_', ' '), _card_text(v)) for k, v in card[name].items()]
         if rows: lists.append((name.capitalize(), rows))

@@ -25,6 +25,7 @@ def _within(y, p, members, weights=None):
     ranked, pairs = (sum(part) for part in zip(*found))
     with np.errstate(invalid='ignore'): return ranked/pairs
 
+# %% ../../nbs/525_metrics.centers.ipynb #f442721d
 def within_centers(
     patients:pd.DataFrame,      # Predictions per patient, with labels and center_id, of one split
     n_resamples:int=2000,       # Resamples of patients

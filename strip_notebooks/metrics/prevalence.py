@@ -59,7 +59,7 @@ def _estimate(value, middle, error):
 def predictive_values(
     counts:Counts,      # Patients by true and predicted class
     prevalence:float,   # Share of the positive class where the model is used, above 0 and below 1
-)->tuple:               # The positive and the negative predictive value as `Estimate`; NaN where nobody is classified so
+)->tuple:               # Positive and negative predictive value as `Estimate`; NaN where nobody is classified so
     "Predictive values at a prevalence, with 95 % intervals"
     if not 0 < prevalence < 1: raise StripError(f'A prevalence of {prevalence} is not between 0 and 1.')
     tp, fp, fn, tn = counts
