@@ -17,8 +17,9 @@ def formula_svg(
 )->tuple:       # SVG as bytes, and how far it reaches below the line, in points
     "A formula as a picture"
     file = BytesIO()
+    drawn = re.sub(r'\\sum(_\{[^}]*\}|_\w)?', r'\\,\\sum\1\\,', tex)    # matplotlib leaves no space around a sum
     with rc_context({'mathtext.fontset': 'cm', 'svg.hashsalt': tex}):
-        depth = mathtext.math_to_image(f'${tex}$', file, dpi=72, format='svg', prop=FontProperties(size=points))
+        depth = mathtext.math_to_image(f'${drawn}$', file, dpi=72, format='svg', prop=FontProperties(size=points))
     return re.sub(rb'\s*<metadata>.*?</metadata>', b'', file.getvalue(), flags=re.DOTALL), float(depth)
 
 def formula_html(
