@@ -44,7 +44,8 @@ def crossval_tables(
     tables = dict(scores=crossval_scores(patients, positive, n_resamples, seed).reset_index(),
                   folds=by_fold, spread=spread_table(patients, folds, positive))
     known = 'center_id' in patients and patients.center_id.nunique() > 1
-    if not known: return tables
+    same = 'center_id' in folds and folds['repeat'].nunique() == 1      # each fold is a center, once
+    if same or not known: return tables
     centers = group_table(patients, ['center_id'], positive).rename(columns=dict(center_id='center'))
     return dict(tables, centers=centers)
 
