@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['intended_use', 'not_for', 'license_words', 'card_metrics', 'bare_card', 'result_rows', 'validation_results',
-           'card_text', 'add_card', 'bundle_card', 'write_card', 'about_model']
+           'card_baselines', 'card_text', 'add_card', 'bundle_card', 'write_card', 'run_card', 'about_model']
 
 # %% ../nbs/920_card.ipynb #0deae80c
 import json
@@ -81,6 +81,17 @@ def validation_results(
     table = scores(patients, spec['threshold'], prior, seed=seed, positive=spec['positive'])
     return result_rows(table, 'validation')
 
+# %% ../nbs/920_card.ipynb #25b4eeb4
+def card_baselines(
+    table:pd.DataFrame, # From `baseline_table`
+)->list:                # One dict per predictor and metric
+    "The baselines of a card; what could not be estimated is None"
+    numbers = ['value', 'low', 'high', 'difference', 'difference_low', 'difference_high']
+    def number(v): return None if pd.isna(v) else float(v)
+    def text(v): return '' if pd.isna(v) else str(v)
+    return [dict(name=r['name'], metric=r['metric'], **{k: number(r[k]) for k in numbers},
+                 verdict=text(r['verdict']), note=text(r['note'])) for r in table.to_dict('records')]
+
 # %% ../nbs/920_card.ipynb #710af864
 def _text(value):
     "A value of a card in words"
@@ -91,6 +102,14 @@ def _text(value):
 
 def _list(section): return [f"- {k.replace('_', ' ')}: {_text(v)}" for k, v in section.items()]
 
+def _estimate(row, prefix=''):
+    "A number of a row with its interval; empty if the row has none"
+    names = (prefix.rstrip('_') or 'value', f'{prefix}low', f'{prefix}high')
+    if prefix and row[names[0]] is None: return ''
+    return estimate_text(Estimate(*(float('nan') if row[k] is None else row[k] for k in names)))
+
+def _title(row): return card_metrics.get(row['metric'], row['metric'].replace('_', ' '))
+
 _about_results = {
     'validation': 'The epoch and the threshold were chosen on the validation patients, so their results are too good.',
     'out-of-fold': 'The out-of-fold results are of the members of the ensemble, each on patients that it had not seen. '
@@ -99,12 +118,16 @@ _about_results = {
 def _result_lines(rows):
     "A table of results in Markdown"
     if not rows: return ['Not stated.']
-    nan = float('nan')
-    def cell(r): return estimate_text(Estimate(*(nan if r[k] is None else r[k] for k in ('value', 'low', 'high'))))
-    def title(r): return card_metrics.get(r['metric'], r['metric'])
-    lines = [f"| {r['patients']} | {title(r)} | {cell(r)} | {r['note']} |" for r in rows]
+    lines = [f"| {r['patients']} | {_title(r)} | {_estimate(r)} | {r['note']} |" for r in rows]
     said = [_about_results[p] for p in _about_results if p in {r['patients'] for r in rows}]
     return ['| patients | metric | value | note |', '|---|---|---|---|', *lines, *(['', *said] if said else [])]
+
+def _baseline_lines(rows):
+    "A table of baselines in Markdown"
+    if not rows: return ['Not stated.']
+    lines = [f"| {r['name']} | {_title(r)} | {_estimate(r)} | {_estimate(r, 'difference_')} | {r['verdict']} |"
+             for r in rows]
+    return ['| predictor | metric | value | model minus baseline | verdict |', '|---|---|---|---|---|', *lines]
 
 # %% ../nbs/920_card.ipynb #cebe097d
 def _card_parts(card):
@@ -112,7 +135,7 @@ def _card_parts(card):
     warned = [f"- {w['verdict']}: {w['sentence']} ({w['code']})" for w in card['warnings']]
     return {'Intended use': [card['intended_use'], '', card['not_for']],
             'Results per patient': _result_lines(card['results']),
-            'Baselines': _result_lines(card['baselines']),
+            'Baselines': _baseline_lines(card['baselines']),
             'Warnings': warned or ['None stated.'],
             'Data': _list(card['data']) or ['Not stated.'],
             'Training': _list(card['training']) or ['Not stated.'],
@@ -167,6 +190,13 @@ def write_card(
     for name, data in _card_bytes(card).items(): write_text(run.path/name, data.decode())
     return card
 
+def run_card(
+    run:Run,    # A run of evaluate
+):              # The card as JSON holds it; None if it has none
+    "The card that an evaluation has written"
+    path = run.path/card_names[0]
+    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
+
 def about_model(
     folder,         # A bundle's folder
     root=None,      # The folder of runs in which evaluations are looked for; None looks nowhere
@@ -174,7 +204,7 @@ def about_model(
     "The card of a bundle, with its results on test patients if a finished run in `root` has evaluated it"
     sha256 = bundle_contents(folder)[0]['sha256']
     runs = list_runs(root).query("step == 'evaluate' and state == 'finished'").run[::-1] if root else []
-    for path in (Path(root)/name/card_names[0] for name in runs):
-        card = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-        if card.get('bundle') == sha256: return card_text(card)
+    for name in runs:
+        card = run_card(Run(Path(root)/name))
+        if card and card.get('bundle') == sha256: return card_text(card)
     return card_text(bundle_card(folder))

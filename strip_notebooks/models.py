@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['ModelError', 'conv_block', 'SimpleCNN', 'simple_cnn', 'timm_registry', 'parameter_stages', 'unfreeze',
            'training_mode', 'read_weights', 'load_weights', 'hub_file', 'hub_weights', 'out_of_place', 'split_arch',
-           'join_arch', 'hub_config', 'resolve_arch', 'is_arch', 'check_arch', 'create_model', 'weight_statistics',
-           'model_summary', 'summary_table']
+           'join_arch', 'hub_config', 'resolve_arch', 'is_arch', 'check_arch', 'create_model', 'save_weights',
+           'weight_statistics', 'model_summary', 'summary_table']
 
 # %% ../nbs/300_models.ipynb #da1550ef
-import ast, os, socket
+import ast, json, os, socket
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
 
-from .core import StripError, nearest, plural, read_json
+from .core import StripError, atomic_path, nearest, plural, read_json
 
 # %% ../nbs/300_models.ipynb #9c0c4cf1
 class ModelError(StripError):
@@ -336,6 +336,29 @@ def create_model(
     return unfreeze(model, trainable)
 
 # %% ../nbs/300_models.ipynb #6a03d496
+def save_weights(
+    path,               # Safetensors file to write
+    model:nn.Module,    # From `create_model`
+    mean=(),            # Of each channel, 0 to 1: subtracted from the images that the model was trained on
+    std=(),             # Of each channel, above 0: what they were divided by
+)->None:
+    "Write the weights of a model and the normalization that they know, for `load_weights` and `weight_statistics`"
+    from safetensors.torch import save_file
+    about = json.dumps(dict(mean=list(mean), std=list(std)))
+    tensors = {n: t.detach().cpu().contiguous() for n,t in model.state_dict().items()}
+    with atomic_path(path) as p: save_file(tensors, p, dict(pretrained_cfg=about))
+
+def _file_statistics(path):
+    "What the header of a local file says about the normalization; nothing if it says nothing"
+    from safetensors import SafetensorError, safe_open
+    if path is True or not Path(path).is_file(): return {}
+    try:
+        with safe_open(path, 'pt') as f: about = json.loads((f.metadata() or {}).get('pretrained_cfg', '{}'))
+    except (SafetensorError, ValueError): return {}
+    def known(values): return isinstance(values, list) and values and all(type(v) in (int, float) for v in values)
+    return {k: about[k] for k in ('mean', 'std') if isinstance(about, dict) and known(about.get(k))}
+
+# %% ../nbs/300_models.ipynb #fe46cc0b
 def weight_statistics(
     arch:str,       # As for `create_model`
     pretrained,     # As for `create_model`
@@ -343,6 +366,7 @@ def weight_statistics(
     "The normalization that pretrained weights were trained with"
     if not pretrained: return (), ()
     name,about = resolve_arch(arch, pretrained)
+    about = {**about, **_file_statistics(pretrained)}
     own = timm_registry().get_pretrained_cfg(split_arch(name)[0])
     mean,spread = (about.get(k) or getattr(own, k, None) or () for k in ('mean', 'std'))
     return tuple(mean), tuple(spread)

@@ -229,7 +229,7 @@ def _wait(crew, futures):
     "Wait until one of the futures of a crew is done; a broken crew is stopped, so that all its futures are"
     from concurrent.futures import FIRST_COMPLETED, wait
     @_undisturbed()
-    def any_is_done(): return wait(futures, timeout=.1, return_when=FIRST_COMPLETED).done
+    def any_is_done(): return not futures or wait(futures, timeout=.1, return_when=FIRST_COMPLETED).done
     while not any_is_done():
         if not crew.pool.active: crew.stop()
 

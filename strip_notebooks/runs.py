@@ -159,6 +159,7 @@ class Run:
     report      = property(lambda self: self.path/'report.html', doc='The page of a report')
     bundle      = property(lambda self: self.path/bundle_name, doc='The folder of the bundle')
     checkpoints = property(lambda self: self.path/checkpoints_name, doc='What training resumes from')
+    weights     = property(lambda self: self.path/'weights.safetensors', doc='What pretraining leaves')
 
 # %% ../nbs/040_runs.ipynb #67e03e11
 def _well_typed(found):

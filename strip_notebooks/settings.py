@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['step_settings', 'check_pairs', 'check_window_pair', 'check_split', 'check_images', 'CohortSettings',
            'ReadingSettings', 'PixelSettings', 'PrepareSettings', 'TrainSettings', 'CrossvalSettings',
-           'EvaluateSettings', 'check_table', 'EvaluateTableSettings', 'DeriveSettings', 'ReportSettings',
-           'BenchmarkSettings', 'setting_parameters', 'setting_range']
+           'PretrainSettings', 'EvaluateSettings', 'StatedSettings', 'check_table', 'EvaluateTableSettings',
+           'DeriveSettings', 'ReportSettings', 'BenchmarkSettings', 'setting_parameters', 'setting_range']
 
 # %% ../nbs/895_settings.ipynb #9e349596
 from typing import Literal, get_args, get_origin
 
 from pydantic import Field, field_validator, model_validator
 
-from .training.config import Settings, SettingsError, TrainConfig, parameter_type
+from .training.config import PretrainConfig, Settings, SettingsError, TrainConfig, parameter_type
 from .training.schemes import CrossvalConfig
 
 # %% ../nbs/895_settings.ipynb #7f1ccc82
@@ -131,6 +131,15 @@ class CrossvalSettings(TrainSettings, CrossvalConfig):
     "Which patients test which models, and how each model is trained"
     resamples:int = Field(2000, ge=100, le=100_000, description='Bootstrap resamples of patients')
 
+# %% ../nbs/895_settings.ipynb #dac538d7
+class PretrainSettings(PretrainConfig):
+    "On which synthetic clots an encoder is pretrained, and how"
+    preset:Literal['easy', 'structure', 'realistic', 'null', 'confounded'] = Field(
+        'null', description='Synthetic cohort: easy, structure, realistic, null or confounded')
+    patients:int = Field(600, ge=32, le=1_000_000, description='Patients of the synthetic cohort, an image each')
+    source_size:int = Field(128, ge=64, le=16_384, description='Pixels, square, of the synthetic pictures')
+    size:int = Field(128, ge=16, le=4096, description='Pixels, square, that the model sees')
+
 # %% ../nbs/895_settings.ipynb #5fda3a5a
 class EvaluateSettings(Settings):
     "How a model is evaluated; the operating point is in its bundle"
@@ -139,6 +148,16 @@ class EvaluateSettings(Settings):
     seed:int = Field(0, ge=0, lt=2**32, description='Seed of the resamples')
     stratified:bool = Field(
         False, description='Resample within each class, for a study with fixed class counts such as case-control')
+
+# %% ../nbs/895_settings.ipynb #c0b0ccfd
+class StatedSettings(Settings):
+    "What the authors of a report say about their study"
+    title:str = Field('', description='Title of the report; empty takes the names of the classes')
+    about:str = Field('', description='What the study is about, in a sentence or two')
+    author:str = Field('', description='Who made it')
+    eligibility:str = Field('', description='Which patients could take part')
+    dates:str = Field('', description='When the patients were treated')
+    reference_standard:str = Field('', description='How the true class of a patient was found, and by whom')
 
 # %% ../nbs/895_settings.ipynb #91a826c8
 def check_table(
@@ -151,7 +170,7 @@ def check_table(
     chosen_positive(classes_of(table), settings.positive)
     return settings
 
-class EvaluateTableSettings(Settings):
+class EvaluateTableSettings(StatedSettings):
     "How someone else's predictions are evaluated"
     table:str = Field(
         '', description='A CSV with patient_id, label, and a probability column for each class or one of two')
@@ -182,7 +201,7 @@ class DeriveSettings(Settings):
         1., gt=0, lt=1000, description='Divides the logits: above 1 softens the probabilities, below 1 sharpens them')
 
 # %% ../nbs/895_settings.ipynb #49626147
-class ReportSettings(Settings):
+class ReportSettings(StatedSettings):
     "What is reported"
     evaluate_run:str = Field('', description='A run of evaluate; empty takes the newest')
 
@@ -193,9 +212,9 @@ class BenchmarkSettings(Settings):
     turns:int = Field(5, ge=1, le=1000, description='How often the parts take turns; the median counts')
 
 # %% ../nbs/895_settings.ipynb #32a67f12
-step_settings = dict(prepare=PrepareSettings, train=TrainSettings, crossval=CrossvalSettings, derive=DeriveSettings,
-                     evaluate=EvaluateSettings, evaluate_table=EvaluateTableSettings, report=ReportSettings,
-                     benchmark=BenchmarkSettings)
+step_settings = dict(prepare=PrepareSettings, pretrain=PretrainSettings, train=TrainSettings, crossval=CrossvalSettings,
+                     derive=DeriveSettings, evaluate=EvaluateSettings, evaluate_table=EvaluateTableSettings,
+                     report=ReportSettings, benchmark=BenchmarkSettings)
 
 # %% ../nbs/895_settings.ipynb #b9e83ad5
 def setting_parameters(

@@ -95,12 +95,14 @@ def test_notebooks_run_from_top_to_bottom(empty_workspace, monkeypatch):
 
 # --- in a browser
 
+seconds = int(os.environ.get('STRIP_LAB_SECONDS', 300))     # to open a notebook, and to run it
+
 def opened(lab, page, path):
     "The notebook in JupyterLab, after Run All Cells"
-    page.goto(f'{lab}/lab/workspaces/e{path.stem}/tree/nbs/explore/{path.name}?token=t0ken')
-    page.wait_for_function(OPENED, timeout=90_000)
+    page.goto(f'{lab}/lab/workspaces/e{path.stem}/tree/nbs/explore/{path.name}?token=t0ken', timeout=1000*seconds)
+    page.wait_for_function(OPENED, timeout=1000*seconds)
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells').catch(() => 0); return 1 }")
-    page.wait_for_function(FINISHED, timeout=1000*int(os.environ.get('STRIP_LAB_SECONDS', 300)), polling=500)
+    page.wait_for_function(FINISHED, timeout=1000*seconds, polling=500)
     state = page.evaluate(STATE)
     assert not state['errors'] and state['run'] == state['all'] > 0, state
 

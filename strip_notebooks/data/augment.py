@@ -8,6 +8,8 @@ __all__ = ['policy_names', 'stain_jitter', 'light_jitter', 'Policy', 'policy', '
 # %% ../../nbs/180_data.augment.ipynb #25cd9ebe
 import os, random
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from fastcore.basics import patch
@@ -46,37 +48,120 @@ def light_jitter(
     return cv2.LUT(image, table.round().clip(0, 255).astype(np.uint8))
 
 # %% ../../nbs/180_data.augment.ipynb #bbacc7d8
-policy_names = ['none', 'light', 'standard', 'strong']
+# Transposed or not, then flipped: 0 top to bottom, 1 left to right, -1 both, None not
+_symmetries = ((False, None), (True, 0), (False, -1), (True, 1), (False, 0), (True, -1), (False, 1), (True, None))
 
+def _turned(image, symmetry):
+    "A picture, or maps of any type, under one of the eight symmetries"
+    import cv2
+    transposed, flip = _symmetries[symmetry]
+    if image.dtype == np.uint8 and image.shape[2:] == (3,):
+        image = cv2.transpose(image) if transposed else image
+        return image if flip is None else cv2.flip(image, flip)
+    if transposed: image = image.swapaxes(0, 1)
+    if flip in (0, -1): image = image[::-1]
+    return np.ascontiguousarray(image[:, ::-1] if flip in (1, -1) else image)
+
+# %% ../../nbs/180_data.augment.ipynb #27f54796
+@lru_cache
+def _places(size):
+    "(size, size, 2) float32, x and y of each pixel"
+    return np.stack(np.meshgrid(*[np.arange(size, dtype=np.float32)]*2), -1)
+
+def _elastic_map(size, rng):
+    "Pixels moved by smooth noise of an SD of half a hundredth of the side"
+    import cv2
+    noise = cv2.GaussianBlur(rng.standard_normal((36, 36, 2), np.float32), (0, 0), 2)
+    blurred = 1/(4*np.pi**.5)                                   # what the blur leaves of an SD of 1
+    return _places(size) + cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)*(.005*size/blurred)
+
+# %% ../../nbs/180_data.augment.ipynb #e2025a63
+def _grid_map(size, rng):
+    "Pixels moved as the lines of a grid of five by five fields are"
+    widths = 1 + rng.uniform(-.2, .2, (2, 5))
+    lines = np.c_[np.zeros(2), widths.cumsum(1)/widths.sum(1, keepdims=True)]*(size - 1)
+    x, y = (np.interp(np.arange(size), np.linspace(0, size - 1, 6), line) for line in lines.astype(np.float32))
+    return np.stack(np.meshgrid(x, y), -1).astype(np.float32)
+
+def _lens_map(size, rng, most=.15):
+    "Pixels moved towards the center or away from it, the more the farther they are"
+    import cv2
+    bend, center = rng.uniform(-most, most), (size - 1)/2
+    camera = np.array([[size, 0, center], [0, size, center], [0, 0, 1]])
+    return cv2.initUndistortRectifyMap(camera, np.array([bend, bend, 0, 0]), None, None, (size, size), cv2.CV_32FC2)[0]
+
+# %% ../../nbs/180_data.augment.ipynb #a7afe191
+def _matrix(symmetry, degrees, size):
+    "(2, 3), from a pixel of the result to its place in the picture: rotated, then turned, around the center"
+    transposed, flip = _symmetries[symmetry]
+    turn = np.diag([-1. if flip in (1, -1) else 1., -1. if flip in (0, -1) else 1.])
+    turn = turn[::-1] if transposed else turn
+    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    both, center = turn @ np.array([[cos, -sin], [sin, cos]]), np.full(2, (size - 1)/2)
+    return np.c_[both, center - both @ center]
+
+class _Geometry(NamedTuple):
+    "Where the pixels of a picture go"
+    symmetry:int        # One of the eight
+    matrix:object=None  # (2, 3), with the symmetry in it; None where the picture is only turned
+    places:object=None  # (size, size, 2), a map of source pixels, with the matrix in it; None where nothing is bent
+
+    def moved(self, image, nearest=False):
+        "The picture, interpolated once at most; `nearest` for maps whose values must stay"
+        import cv2
+        if self.matrix is None: return _turned(image, self.symmetry)
+        how, edge = cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR, cv2.BORDER_REFLECT_101
+        if self.places is not None: return cv2.remap(image, self.places, None, how, borderMode=edge)
+        size = image.shape[:2]
+        return cv2.warpAffine(image, self.matrix, size, flags=how | cv2.WARP_INVERSE_MAP, borderMode=edge)
+
+# %% ../../nbs/180_data.augment.ipynb #14b755c9
+class _Strength(NamedTuple):
+    "How often a policy does what, as shares of the pictures, and how much"
+    most_light:float=.05    # See `light_jitter`
+    light:float=.5          # Pictures whose light changes
+    stain:float=0.          # Whose stain changes
+    artifact:float=0.       # With an artifact
+    rotated:float=0.        # Rotated by up to 45 degrees
+    bent:float=0.           # Bent in one of three ways
+    lens:float=.15          # See `_lens_map`
+
+policy_names = ['none', 'light', 'standard', 'strong']
+_strengths = dict(light=_Strength(), standard=_Strength(.05, .5, .3, .05, .2, .1),
+                  strong=_Strength(.1, .5, .6, .15, .4, .2, .3))
+
+def _geometry(strength, size, rng):
+    "Where the pixels go in a picture of `size` pixels a side"
+    import cv2
+    symmetry = int(rng.integers(8))
+    rotated, bent = rng.random() < strength.rotated, rng.random() < strength.bent
+    if not (rotated or bent): return _Geometry(symmetry)
+    matrix = _matrix(symmetry, rng.uniform(-45, 45) if rotated else 0, size)
+    if not bent: return _Geometry(symmetry, matrix)
+    ways = (_elastic_map, _grid_map, lambda size, rng: _lens_map(size, rng, strength.lens))
+    return _Geometry(symmetry, matrix, cv2.transform(ways[rng.integers(3)](size, rng), matrix))
+
+# %% ../../nbs/180_data.augment.ipynb #5cce6265
 def _transforms(name, size):
     "The albumentations of a policy for pictures of `size` pixels a side, in order"
+    if name in ('none', 'light'): return []
     os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'            # else it asks the web for its version when imported
-    import albumentations as A, cv2
-    edge = dict(border_mode=cv2.BORDER_REFLECT_101)
-    turns = [A.D4(p=1)]                                     # flips and right angles: the eight symmetries of a square
-    if name == 'none': return []
-    if name == 'light': return turns
+    import albumentations as A
     k = 1 if name == 'standard' else 2                      # how much more often strong does it
-    sigma = size/18                                         # the elastic moves a pixel by about a hundredth of the side
-    shapes = A.OneOf([A.ElasticTransform(alpha=.08*size*sigma, sigma=sigma, **edge),
-                      A.GridDistortion(distort_limit=.2, **edge),
-                      A.OpticalDistortion(distort_limit=.15*k, **edge)], p=.1*k)
     hue = A.HueSaturationValue(6*k, 12*k, 6*k, p=.15*k)
     blur = A.GaussianBlur(blur_limit=0, sigma_limit=(size/400, size/200*k))    # as wide on the slide at every size
     camera = A.OneOf([A.GaussNoise(std_range=(.01, .03*k)), blur,
                       A.ImageCompression(quality_range=(60 if k == 1 else 35, 95))], p=.15*k)
     contrast = [A.CLAHE(clip_limit=(1, 3), p=.2)] if k == 2 else []
-    rotate = A.Rotate(limit=45, p=.2*k, **edge)
-    return turns + [rotate, shapes, hue, *contrast, camera]
+    return [hue, *contrast, camera]
 
 # %% ../../nbs/180_data.augment.ipynb #6222a7ff
-# How much light changes, and the shares of pictures with a change of light, a change of stain, an artifact
-_strengths = dict(light=(.05, .5, 0, 0), standard=(.05, .5, .3, .05), strong=(.1, .5, .6, .15))
-
 def _random_artifact(image, rng):
     "The picture with a pen mark, a fold or a bubble"
+    import cv2
     kind = ('pen', 'fold', 'bubble')[rng.integers(3)]
-    return add_artifact(image.astype(np.float32), kind, rng).round().clip(0, 255).astype(np.uint8)
+    marked = add_artifact(image.astype(np.float32), kind, rng)
+    return cv2.add(marked, 0, dtype=cv2.CV_8U)                              # rounded, and 0 to 255
 
 # %% ../../nbs/180_data.augment.ipynb #7bf1ec88
 @dataclass
@@ -87,10 +172,10 @@ class Policy:
     def __post_init__(self):
         if self.name not in policy_names:
             raise StripError(f'There is no policy {self.name!r}{nearest(self.name, policy_names)}')
-        self._compose = None
-        self._strengths = _strengths.get(self.name)
+        self._library = None
+        self._strength = _strengths.get(self.name)
 
-    def __getstate__(self): return {**self.__dict__, '_compose': None}      # created again in each process
+    def __getstate__(self): return {**self.__dict__, '_library': None}      # created again in each process
 
     def __call__(self,
         image:np.ndarray,   # (size, size, 3) uint8
@@ -99,17 +184,28 @@ class Policy:
         "The picture, changed as the seed says; a `StripError` for floats or another size"
         return self.with_map(image, None, seed)[0]
 
-# %% ../../nbs/180_data.augment.ipynb #395f7f0c
+# %% ../../nbs/180_data.augment.ipynb #ef4aca41
+@patch
+def _camera(self:Policy, image, rng):
+    "The picture after hue, contrast and camera, each as often as the policy says"
+    if self._library is None: self._library = _transforms(self.name, self.size)
+    for transform in self._library:
+        if rng.random() >= transform.p: continue
+        transform.set_random_state(rng, random.Random(int(rng.integers(2**32))))
+        image = transform(image=image, force_apply=True)['image']
+    return image
+
 @patch
 def _colored(self:Policy, image, seed):
     "The picture after what no library draws: light, stain, an artifact"
-    rng = np.random.default_rng((seed, 1))                                  # not the numbers that the library draws
-    most, light, stain, artifact = self._strengths
-    if rng.random() < light: image = light_jitter(image, rng, most)
-    if rng.random() < stain: image = stain_jitter(image, rng)
-    if rng.random() < artifact: image = _random_artifact(image, rng)
+    rng = np.random.default_rng((seed, 1))                                  # not the numbers that the geometry draws
+    strength = self._strength
+    if rng.random() < strength.light: image = light_jitter(image, rng, strength.most_light)
+    if rng.random() < strength.stain: image = stain_jitter(image, rng)
+    if rng.random() < strength.artifact: image = _random_artifact(image, rng)
     return np.ascontiguousarray(image)
 
+# %% ../../nbs/180_data.augment.ipynb #395f7f0c
 @patch
 def with_map(self:Policy,
     image:np.ndarray,   # (size, size, 3) uint8
@@ -123,18 +219,11 @@ def with_map(self:Policy,
     if values is not None and values.shape[:2] != image.shape[:2]:
         raise StripError(f'A map of {values.shape} does not fit a picture of {image.shape}; give a value per pixel.')
     if self.name == 'none': return image, values
-    done = self._library(seed)(image=image, **({} if values is None else dict(mask=values)))
-    return self._colored(done['image'], seed), done.get('mask')
-
-# %% ../../nbs/180_data.augment.ipynb #444a1f04
-@patch
-def _library(self:Policy, seed):
-    "The albumentations, all drawing from two fresh generators, which is much faster than `set_random_seed`"
-    if self._compose is None:
-        import albumentations as A
-        self._compose = A.Compose(_transforms(self.name, self.size))
-    self._compose.set_random_state(np.random.Generator(np.random.PCG64(seed)), random.Random(seed))
-    return self._compose
+    rng = np.random.Generator(np.random.PCG64(seed))
+    geometry = _geometry(self._strength, self.size, rng)
+    picture = self._camera(geometry.moved(image), rng)
+    if values is not None: values = geometry.moved(values, nearest=True)
+    return self._colored(picture, seed), values
 
 # %% ../../nbs/180_data.augment.ipynb #c2e1bf51
 def policy(

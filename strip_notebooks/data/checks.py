@@ -281,32 +281,46 @@ def _center_bars(ax, cohort, colors):
     if centers_look_like_patients(cohort): ax.set(xlabel='center, names not shown', xticklabels=[])
     ax.yaxis.get_major_locator().set_params(integer=True)
 
-# %% ../../nbs/150_data.checks.ipynb #a84bc789
-def _size_and_brightness(size, light, shown, colors):
-    "Sizes and brightness of readable images by label"
-    bins = np.linspace(0, 255, 35)
-    for k, (label, group) in enumerate(shown.groupby('label')):
-        size.scatter(group.width, group.height, s=20*(k + 1)**2, facecolors='none', edgecolors=colors[label])
-        light.hist(group.brightness, bins, histtype='step', lw=1.6, density=True, color=colors[label])
-    size.set(xlabel='width, px', ylabel='height, px', xlim=(0, None), ylim=(0, None))
-    light.set(xlabel='mean brightness, 0 to 255', ylabel='density', yticks=[])
-    if len(shown): size.set(xlim=(0, 1.1*shown.width.max()), ylim=(0, 1.1*shown.height.max()))
+# %% ../../nbs/150_data.checks.ipynb #20416e5b
+def _format_bars(ax, table, colors):
+    "Images by file format"
+    table.format.fillna('unreadable').value_counts()[::-1].plot.barh(ax=ax, color='.6')
+    ax.set(xlabel='images', ylabel='')
 
-# %% ../../nbs/150_data.checks.ipynb #947af96b
+def _sizes(ax, shown, colors):
+    "Sizes of readable images by label"
+    for k, (label, group) in enumerate(shown.groupby('label')):
+        ax.scatter(group.width, group.height, s=20*(k + 1)**2, facecolors='none', edgecolors=colors[label])
+    ax.set(xlabel='width, px', ylabel='height, px', xlim=(0, 1.1*shown.width.max()), ylim=(0, 1.1*shown.height.max()))
+
+def _brightness(ax, shown, colors):
+    "Brightness of readable images by label"
+    for label, group in shown.groupby('label'):
+        ax.hist(group.brightness, np.linspace(0, 255, 35), histtype='step', lw=1.6, density=True, color=colors[label])
+    ax.set(xlabel='mean brightness, 0 to 255', ylabel='density', yticks=[])
+
+# %% ../../nbs/150_data.checks.ipynb #a869435c
+def _panels(cohort, table):
+    "What is drawn: functions and their tables"
+    shown = table[table.reason == '']
+    found = [(_center_bars, cohort)] if cohort.center_id.nunique() > 1 else []
+    if table.format.nunique(dropna=False) > 1: found.append((_format_bars, table))
+    if len(shown[['height', 'width']].drop_duplicates()) > 1: found.append((_sizes, shown))
+    return [*found, (_brightness, shown)]
+
 def validation_figure(
     cohort:pd.DataFrame,    # A labeled cohort
     measures:pd.DataFrame,  # Of its images
 ):                          # Matplotlib figure
-    "Patients by label and center, images by format, their sizes and their brightness by label"
+    "Patients by center, file formats, image sizes and brightness, by label; without panels that would not vary"
     import matplotlib.pyplot as plt
     colors = class_colors(cohort.label.unique())
-    table = cohort.merge(measures, left_on='image_id', right_index=True)
-    fig, axes = plt.subplots(2, 2, figsize=(6.5, 4.6), dpi=72, layout='constrained', width_ratios=[1.6, 1])
-    _center_bars(axes[0, 0], cohort, colors)
-    table.format.fillna('unreadable').value_counts()[::-1].plot.barh(ax=axes[0, 1], color='.6')
-    axes[0, 1].set(xlabel='images', ylabel='')
-    _size_and_brightness(*axes[1], table[table.reason == ''], colors)
+    panels = _panels(cohort, cohort.merge(measures, left_on='image_id', right_index=True))
+    rows, columns = -(-len(panels)//2), min(len(panels), 2)
+    fig, axes = plt.subplots(rows, columns, figsize=(6.5, 2.3*rows + .3), dpi=72, layout='constrained', squeeze=False)
+    for ax, (draw, table) in zip(axes.flat, panels): draw(ax, table, colors)
     for ax in axes.flat: ax.spines[['top', 'right']].set_visible(False)
+    for ax in axes.flat[len(panels):]: ax.remove()
     handles = [plt.Rectangle((0, 0), 1, 1, color=colors[c]) for c in sorted(colors)]
     fig.legend(handles, sorted(colors), loc='outside upper left', ncols=len(handles), frameon=False)
     return fig

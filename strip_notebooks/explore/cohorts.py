@@ -104,5 +104,5 @@ def cohort_twin(
     "What a notebook keeps of the cohort browser"
     reason = may_keep(images)
     if reason: return said(reason)
-    words = f'{each} images of each class of {images.source}'
+    words = f"{plural(each, 'image')} of each class of {images.source}"
     return kept_picture(contact_sheet(images.cohort, images.cache, each), words)

@@ -81,7 +81,8 @@ def _fill(self):
 ThresholdExplorer.to_operating_point, ThresholdExplorer.fill = _to_operating_point, _fill
 
 # %% ../../nbs/946_explore.operating.ipynb #ce6762a6
-_warning = 'It was not chosen on these patients. A threshold that is picked here makes the result look better than it is.'
+_warning = ('It was not chosen on these patients. A threshold that is picked here makes the result look better than '
+            'it is.')
 
 def threshold_words(
     result:Result,      # A result

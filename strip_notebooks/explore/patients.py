@@ -45,7 +45,7 @@ def outcome_captions(
     outcomes:pd.DataFrame,      # Patients, from `patient_outcomes`
 )->list:                        # One text per patient
     "Patient, true class, probability, and right or wrong"
-    return [f"{r.patient_id}\ntrue {r.label}, p({result.positive}) {r.p:.2f}\n{'right' if r.right else 'wrong'}"
+    return [f"{r.patient_id}\ntrue {r.label}\np({result.positive}) {r.p:.2f}\n{'right' if r.right else 'wrong'}"
             for r in outcomes.itertuples()]
 
 # %% ../../nbs/948_explore.patients.ipynb #9a9fb007
@@ -77,7 +77,8 @@ class PatientGallery(Explorer):
         return outcome_groups(patient_outcomes(r.patients, r.threshold, r.positive), self.most)[self.group.value]
 
 # %% ../../nbs/948_explore.patients.ipynb #2e518f53
-_order = {'right': 'the most certain first', 'wrong': 'the most certain first', 'near the threshold': 'the nearest first'}
+_order = {'right': 'the most certain first', 'wrong': 'the most certain first',
+          'near the threshold': 'the nearest first'}
 
 def _fill(self):
     "List the patients of the chosen group"
@@ -94,6 +95,7 @@ def _page(result, rows, most):
     colors = rows.label.map(class_colors(classes_of(result.patients)))
     return thumbnail_page(rows.image_id, outcome_captions(result, rows), result.pictures.cache, colors)
 
+# %% ../../nbs/948_explore.patients.ipynb #28829c59
 def _draw(self):
     "Show the group and the chosen patient"
     if not self.results:

@@ -120,7 +120,7 @@ def _example_cohort(root, home, patients):
     return run, cohort, cache
 
 # %% ../../nbs/940_explore.sources.ipynb #d332d9a4
-_example_models = {'tissue color': 'color', 'center': 'center'}
+_example_models = {'center': 'center', 'tissue color': 'color'}       # the newest is shown first
 
 def _example_evaluation(name, predictions, threshold, prepared):
     "A run of evaluate_table on the predictions of a simple model"
@@ -135,6 +135,7 @@ def _example_evaluation(name, predictions, threshold, prepared):
     run.save_metrics(evaluation.metrics)
     run.finish()
 
+# %% ../../nbs/940_explore.sources.ipynb #8f4f4026
 def make_example(
     root,               # Folder for its runs
     home,               # The workspace, which gets the images in its data folder
@@ -167,8 +168,9 @@ class Place:
 
 # %% ../../nbs/940_explore.sources.ipynb #b7c8de3e
 _steps = dict(prepare=('prepare',), evaluate=('evaluate', 'evaluate_table'))
-_example_words = ('No run of {step} has finished in this workspace, so this is an example: {patients}, drawn in {folder}, '
-                  'and two simple models instead of a network. `clot demo` makes runs; run this notebook again then.')
+_example_words = ('No run of {step} has finished in this workspace, so this is an example: {patients}, drawn in '
+                  '{folder}, and two simple models instead of a network. `clot demo` makes runs; run this notebook '
+                  'again then.')
 
 def _example_place(home, step, patients):
     "The example, made if it is not there"

@@ -14,6 +14,8 @@ import pandas as pd
 from ..bundle import Bundle
 from ..core import StripError, listing
 from . import figures
+from .centers import forest_figure, forest_rows, within_centers
+from .prevalence import outcome_counts, prevalence_table
 from .scores import center_table, class_table, image_scores, scores
 from ..predictions import aggregate_patients, classes_of, patient_arrays
 from ..statistics import Estimate, permutation_p
@@ -50,7 +52,7 @@ class Evaluation:
     "A model on its test set"
     images:pd.DataFrame     # Predictions per image
     patients:pd.DataFrame   # Predictions per patient
-    tables:dict             # scores (level, metric, value, low, high, note), classes and centers, in long form
+    tables:dict             # scores, classes and centers in long form; outcomes, prevalence, within (centers)
     result:dict             # The operating point, patients of each class, AUC and permutation test: fields of a record
     seed:int                # Which resamples
 
@@ -67,9 +69,14 @@ def _tables(point, images, patients, common):
     levels = dict(patient=scores(patients, train_prior=point.prior, **common))
     if len(images) > len(patients): levels['image'] = image_scores(images, train_prior=point.prior, **common)
     long = pd.concat([t.reset_index().assign(level=level) for level, t in levels.items()])
+    counts = outcome_counts(patients, point.threshold, point.positive)
     tables = dict(scores=long[['level', 'metric', 'value', 'low', 'high', 'note']],
-                  classes=class_table(patients, **common))
-    return dict(tables, centers=center_table(patients, **common)) if 'center_id' in patients else tables
+                  classes=class_table(patients, **common), outcomes=pd.DataFrame([counts._asdict()]),
+                  prevalence=prevalence_table(counts))
+    if 'center_id' not in patients: return tables
+    resampling = {k: v for k, v in common.items() if k != 'threshold'}
+    within = pd.DataFrame([within_centers(patients, **resampling)._asdict()])
+    return dict(tables, centers=center_table(patients, **common), within=within)
 
 # %% ../../nbs/540_metrics.evaluation.ipynb #8221f92f
 def evaluate(
@@ -112,6 +119,12 @@ def evaluate_bundle(
     return evaluate(images, operating_point(bundle), n_resamples, seed, stratified)
 
 # %% ../../nbs/540_metrics.evaluation.ipynb #b018d572
+def _forest(evaluation):
+    "The forest plot over centers, or None"
+    tables = evaluation.tables
+    if 'within' not in tables: return None
+    return forest_figure(forest_rows(tables['centers'], Estimate(*tables['within'].iloc[0]), evaluation.result['auc']))
+
 def evaluation_figures(
     evaluation:Evaluation,      # From `evaluate_bundle`
     shown:pd.DataFrame|None=None, # Its images that may be shown
@@ -124,8 +137,10 @@ def evaluation_figures(
                      stratified=evaluation.result['drawn'] == 'within each class')
     yield 'roc', figures.roc_figure(patients, **resampled)
     yield 'pr', figures.pr_figure(patients, **resampled)
-    yield 'reliability', figures.reliability_figure(patients, **point)
+    yield 'reliability', figures.reliability_figure(patients, seed=seed, **point)
     yield 'confusion', figures.confusion_figure(patients, threshold, **point)
     yield 'scores', figures.score_figure(patients, threshold, seed, **point)
     yield 'decision', figures.decision_figure(patients, **resampled)
+    forest = _forest(evaluation)
+    if forest is not None: yield 'forest', forest
     if cache is not None: yield 'pictures', figures.picture_figure(shown, cache, threshold=threshold, **point)

@@ -15,6 +15,7 @@ import pandas as pd
 from ..core import class_colors, plural
 from .operating import net_benefit, reliability_table
 from .intervals import expanded_level
+from .smooth import smooth_calibration
 from .values import average_precision, check_threshold
 from ..predictions import class_arrays, classes_of, patient_arrays, positive_class
 from ..statistics import auc_interval, bootstrap_interval, cumulative_counts, resampled
@@ -103,10 +104,14 @@ def reliability_figure(
     patients:pd.DataFrame,      # Predictions per patient, with labels
     bins:int=10,                # Bins of equal width
     positive:str|None=None,     # The positive class; None takes the last in sorted order
+    seed:int=0,                 # Which resamples, for the band of the smooth curve
 ):                              # Matplotlib figure
-    "Observed vs predicted shares with Wilson's intervals, and the number of patients in each bin"
+    "Observed vs predicted shares with Wilson's intervals, the number of patients in each bin, and a smooth curve"
     y,p,positive,color,fig,ax = _axes(patients, positive)
-    t = reliability_table(y, p, bins)
+    t,curve = reliability_table(y, p, bins), smooth_calibration(y, p, seed=seed)
+    if len(curve):
+        ax.fill_between(curve.predicted, curve.low, curve.high, color=color, alpha=.18, lw=0)
+        ax.plot(curve.predicted, curve.observed, color=color, label='smooth curve, 95 % band')
     ax.plot([0, 1], [0, 1], color='.5', ls=':', label='perfect calibration')
     around = [t.observed - t.low, t.high - t.observed]
     ax.errorbar(t.predicted, t.observed, around, fmt='o', color=color, capsize=2, lw=1, label='observed, 95 % CI')
@@ -198,15 +203,15 @@ def decision_figure(
 
 # %% ../../nbs/530_metrics.figures.ipynb #8328a6c3
 def _extremes(images, threshold, positive, each):
-    "Name -> the images farthest from the threshold, for each true class, correct and wrong; one per patient"
+    "Name -> the images farthest from the threshold, for each true class, wrong ones first; one per patient"
     y,p = class_arrays(images, positive)
     table = images.assign(p=p, distance=abs(p - threshold), correct=(p >= threshold) == (y == 1))
     table = table.sort_values('distance', ascending=False, kind='stable')
     out = {}
-    for c in classes_of(images):
-        for name,correct in dict(correct=True, wrong=False).items():
+    for name,correct in dict(wrong=False, correct=True).items():
+        for c in classes_of(images):
             rows = table[(table.label == c) & (table.correct == correct)]
-            out[f'{c}, {name}'] = rows.drop_duplicates('patient_id')[:each]
+            if len(rows): out[f'{c}, {name}'] = rows.drop_duplicates('patient_id')[:each]
     return out
 
 # %% ../../nbs/530_metrics.figures.ipynb #5c3327f0
@@ -217,7 +222,7 @@ def picture_figure(
     threshold:float=.5,         # Classified as positive at or above this probability
     positive:str|None=None,     # The positive class; None takes the last in sorted order
 ):                              # Matplotlib figure
-    "The images farthest from the threshold, correct and wrong, for each true class, one per patient"
+    "The images farthest from the threshold, the worst errors first, for each true class, one per patient"
     import matplotlib.pyplot as plt
     positive = positive_class(images, positive)
     groups = _extremes(images, threshold, positive, each)
@@ -227,7 +232,6 @@ def picture_figure(
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
         axs[0].set_ylabel(_shown(name), fontsize=9)
-        if not len(rows): axs[0].text(.5, .5, 'none', ha='center', va='center', transform=axs[0].transAxes)
         for ax,r in zip(axs, rows.itertuples()):
             ax.imshow(cache.images[cache.rows([r.image_id])[0]])
             ax.set_title(f'p({_shown(positive)}) {r.p:.2f}', fontsize=7)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SettingsError', 'Settings', 'parameter_type', 'parameter_lines', 'OptimizerConfig', 'TrainerConfig',
-           'ThresholdConfig', 'FineTuneConfig', 'TrainConfig', 'make_config']
+           'ThresholdConfig', 'FineTuneConfig', 'TrainConfig', 'PretrainConfig', 'make_config']
 
 # %% ../../nbs/405_training.config.ipynb #875701eb
 from typing import Literal, get_args, get_origin
@@ -185,6 +185,16 @@ class TrainConfig(FineTuneConfig):
         'weighted_log_loss', description='Chooses the epoch, per patient: weighted_log_loss or auc')
     _start = model_validator(mode='before')(classmethod(_fine_tuning))
     _frozen = model_validator(mode='after')(_check_frozen)
+
+# %% ../../nbs/405_training.config.ipynb #b3df934e
+class PretrainConfig(TrainerConfig):
+    "How an encoder is pretrained"
+    arch:str = Field(
+        'simple_cnn', min_length=1, max_length=200,
+        description='simple_cnn or a timm name; arguments as in NAME(dynamic_img_size=True)')
+    policy:Literal['none', 'light', 'standard', 'strong'] = Field(
+        'light', description='Augmentation: none, light, standard or strong')
+    monitor:Literal['loss', 'error'] = Field('loss', description='Chooses the epoch: loss or error')
 
 # %% ../../nbs/405_training.config.ipynb #3b32da72
 def make_config(
