@@ -287,7 +287,7 @@ def _format_bars(ax, table, colors):
     table.format.fillna('unreadable').value_counts()[::-1].plot.barh(ax=ax, color='.6')
     ax.set(xlabel='images', ylabel='')
 
-def _sizes(ax, shown, colors):
+def _size_panel(ax, shown, colors):
     "Sizes of readable images by label"
     for k, (label, group) in enumerate(shown.groupby('label')):
         ax.scatter(group.width, group.height, s=20*(k + 1)**2, facecolors='none', edgecolors=colors[label])
@@ -305,7 +305,7 @@ def _panels(cohort, table):
     shown = table[table.reason == '']
     found = [(_center_bars, cohort)] if cohort.center_id.nunique() > 1 else []
     if table.format.nunique(dropna=False) > 1: found.append((_format_bars, table))
-    if len(shown[['height', 'width']].drop_duplicates()) > 1: found.append((_sizes, shown))
+    if len(shown[['height', 'width']].drop_duplicates()) > 1: found.append((_size_panel, shown))
     return [*found, (_brightness, shown)]
 
 def validation_figure(
