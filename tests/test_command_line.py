@@ -119,9 +119,9 @@ def test_a_reader_that_has_enough_is_no_error(demo):
     (['demo', '--help'], 'FOLDER_OR_CSV'),
     (['runs', '--help'], 'compare'),
     (['run', '--help'], 'NAME=VALUE'),
-    (['run', '--list'], 'prepare, report, train'),
+    (['run', '--list'], 'prepare, pretrain, report, train'),
     (['run'], 'derive'),
-    (['run', 'train', '--help'], 'lr  (float, above 0, default 0.002)'),
+    (['run', 'train', '--help'], 'lr  (float, 0 or more, default 0.0)\n      Highest learning rate; 0 takes 0.002, or 0.0002 for pretrained weights'),
     (['run', 'derive', '--help'], 'temperature  (float, above 0 to below 1000, default 1.0)'),
     (['run', 'evaluate', '--help'], 'resamples  (int, 100 to 100000, default 2000)')])
 def test_help_helps(words, needed, capsys):
@@ -164,7 +164,7 @@ WRONG = {
     'run train -p epochs=1e3': "epochs='1e3' is not an int",
     'run train -p lr=nan': 'lr=nan',
     'run train -p lr=inf': 'lr=inf',
-    'run train -p lr=0': 'lr=0',
+    'run train -p lr=-1': 'lr=-1',
     'run train -p lr=1e999': 'lr=inf',
     'run train -p label_smoothing=1': 'label_smoothing=1.0',
     'run train -p dropout=-0.1': 'dropout=-0.1',

@@ -179,7 +179,12 @@ def use_runs(page):
     expect(about).to_contain_text('prepare, finished')
     page.locator('.strip-links').get_by_role('link', name='parameters').click()
     page.wait_for_function("() => window.jupyterapp.shell.currentWidget.title.label === 'parameters.json'")
-    page.evaluate("() => window.jupyterapp.shell.currentWidget.close()")
+    page.evaluate("""() => {
+        const shell = window.jupyterapp.shell
+        shell.currentWidget.close()
+        shell.activateById([...shell.widgets('main')].find(w => w.title.label === 'runs.ipynb').id)
+    }""")
+    page.wait_for_function("() => window.jupyterapp.shell.currentWidget?.title.label === 'runs.ipynb'")
 
 use = dict(cohort=use_cohort, gallery=use_gallery, runs=use_runs, threshold=use_threshold)
 

@@ -120,7 +120,7 @@ def _example_cohort(root, home, patients):
     return run, cohort, cache
 
 # %% ../../nbs/940_explore.sources.ipynb #d332d9a4
-_example_models = {'center': 'center', 'tissue color': 'color'}       # the newest is shown first
+_example_models = {'center': 'center', 'tissue color': 'color'}
 
 def _example_evaluation(name, predictions, threshold, prepared):
     "A run of evaluate_table on the predictions of a simple model"
