@@ -226,13 +226,13 @@ def _check_demo(steps):
     if 'arch' in steps['train']: check_names(values['train'], None)
 
 # %% ../nbs/990_cli.ipynb #785dea50
-def _reservations(warnings, baselines):
-    "What a result must be read with, as lines: findings, and the sentence about baselines"
-    grave = sorted(warnings, key=lambda f: -f.verdict.rank)
-    lines = _wrapped(baselines, 2) if baselines else []
-    for f in grave: lines += _wrapped(f'{f.verdict} {f.code}: {f.sentence}', 2)
-    count = f'{plural(len(grave), "warning")} of checks and audit' if grave else 'checks and audit have no warning'
-    return [f'Read the result together with this ({count}):', *lines] if lines else [f'{count.capitalize()}.']
+def _reservations(warnings):
+    "What a result must be read with, as lines: the findings, the gravest first"
+    if not warnings: return ['Checks and audit have no warning.']
+    lines = [f'Read the result together with {plural(len(warnings), "warning")} of checks and audit:']
+    for f in sorted(warnings, key=lambda f: -f.verdict.rank):
+        lines += _wrapped(f'{f.verdict} {f.code}: {f.sentence}', 2)
+    return lines
 
 # %% ../nbs/990_cli.ipynb #ffd05610
 def _centers_can_be_left_out(cohort):
@@ -270,11 +270,10 @@ def _next_commands(args, prepared):
 
 # %% ../nbs/990_cli.ipynb #44b7b8fa
 def _demo_end(args, runs):
-    "The last lines of a demo: result, warnings, baselines, the next commands, and the report"
+    "The last lines of a demo: result, warnings, the next commands, and the report"
     from strip_notebooks.findings import read_findings
-    from strip_notebooks.metrics.baselines import baseline_sentence
     warnings = [f for name in ('audit', 'checks') for f in read_findings(runs['prepare'].table(name)).warnings]
-    lines = _reservations(warnings, baseline_sentence(runs['evaluate'].table('baselines')))
+    lines = _reservations(warnings)
     for about, command in _next_commands(args, runs['prepare']):
         lines += ['', f'Next, {about}:', f'  {shlex.join(command)}']
     before = [f"{_summary(r)}\ncross-validation: {r.report}" for step, r in runs.items() if step == 'crossval']
