@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['intended_use', 'not_for', 'license_words', 'card_metrics', 'bare_card', 'result_rows', 'validation_results',
-           'card_baselines', 'card_text', 'add_card', 'bundle_card', 'write_card', 'run_card', 'about_model']
+           'card_baselines', 'metric_title', 'card_text', 'add_card', 'bundle_card', 'write_card', 'run_card',
+           'about_model']
 
 # %% ../nbs/920_card.ipynb #0deae80c
 import json
@@ -108,7 +109,11 @@ def _estimate(row, prefix=''):
     if prefix and row[names[0]] is None: return ''
     return estimate_text(Estimate(*(float('nan') if row[k] is None else row[k] for k in names)))
 
-def _title(row): return card_metrics.get(row['metric'], row['metric'].replace('_', ' '))
+def metric_title(
+    metric:str, # Such as 'roc_auc'
+)->str:
+    "What a metric is called on a card"
+    return card_metrics.get(metric, metric.replace('_', ' '))
 
 _about_results = {
     'validation': 'The epoch and the threshold were chosen on the validation patients, so their results are too good.',
@@ -118,7 +123,7 @@ _about_results = {
 def _result_lines(rows):
     "A table of results in Markdown"
     if not rows: return ['Not stated.']
-    lines = [f"| {r['patients']} | {_title(r)} | {_estimate(r)} | {r['note']} |" for r in rows]
+    lines = [f"| {r['patients']} | {metric_title(r['metric'])} | {_estimate(r)} | {r['note']} |" for r in rows]
     said = [_about_results[p] for p in _about_results if p in {r['patients'] for r in rows}]
     return ['| patients | metric | value | note |', '|---|---|---|---|', *lines, *(['', *said] if said else [])]
 
@@ -126,7 +131,7 @@ def _result_lines(rows):
 def _baseline_lines(rows):
     "A table of baselines in Markdown"
     if not rows: return ['Not stated.']
-    lines = [f"| {r['name']} | {_title(r)} | {_estimate(r)} | {_estimate(r, 'difference_')} | {r['verdict']} |"
+    lines = [f"| {r['name']} | {metric_title(r['metric'])} | {_estimate(r)} | {_estimate(r, 'difference_')} | {r['verdict']} |"
              for r in rows]
     return ['| predictor | metric | value | model minus baseline | verdict |', '|---|---|---|---|---|', *lines]
 

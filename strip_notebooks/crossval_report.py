@@ -16,13 +16,14 @@ from .core import listing, plural, write_text
 from .findings import estimate_text, read_findings
 from .metrics.baselines import baseline_sentence
 from .metrics.crossval import (crossval_baseline_table, crossval_baselines, crossval_patients,
-                                              crossval_scores, forest_figure, group_table, mean_over_repeats,
+                                              crossval_scores, group_table, mean_over_repeats,
                                               spread_table)
+from .metrics.centers import forest_figure, forest_rows
 from .metrics.figures import decision_figure, reliability_figure, roc_figure
 from .records import CrossValidated, Prepared
-from .report import (audit_section, baseline_rows, cohort_section, interval_text, metric_titles,
-                                    optional_table, origin_section, page_html, shown_figure, shown_table, verdict_words,
-                                    wide_table)
+from .page import interval_text, optional_table, page_html, shown_figure, shown_table
+from .report import (audit_section, baseline_rows, cohort_section, metric_titles, origin_section,
+                                    verdict_words, wide_table)
 from .runs import Run
 from .statistics import Estimate
 from .training.classifier import TrainConfig
@@ -65,12 +66,12 @@ def crossval_figures(
     seed:int=0,             # Which resamples
 ):                          # Yields name and Matplotlib figure
     "The figures of a cross-validation, one after the other"
-    whole = Estimate(*tables['scores'].set_index('metric').loc['roc_auc', ['value', 'low', 'high']])
+    whole = dict(all=Estimate(*tables['scores'].set_index('metric').loc['roc_auc', ['value', 'low', 'high']]))
     rows = tables['folds'].query("metric == 'roc_auc'")
-    yield 'folds', forest_figure(rows.assign(label=_labels(rows)), whole, 'each model on its test patients (patients)')
+    yield 'folds', forest_figure(forest_rows(rows.assign(name=_labels(rows)), whole))
     if 'centers' in tables:
         rows = tables['centers'].query("metric == 'roc_auc'")
-        yield 'centers', forest_figure(rows.assign(label=rows.center.astype(str)), whole, 'per center (patients)')
+        yield 'centers', forest_figure(forest_rows(rows.assign(name='center ' + rows.center.astype(str)), whole))
     mean, resampled = mean_over_repeats(patients), dict(n_resamples=n_resamples, seed=seed, positive=positive)
     yield 'roc', roc_figure(mean, **resampled)
     yield 'reliability', reliability_figure(mean, positive=positive)

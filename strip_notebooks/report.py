@@ -24,8 +24,9 @@ from .page import (interval_text, optional_figure, optional_table, p_text, page_
                                   shown_table)
 from .records import Evaluated, Prepared, Trained
 from .runs import Run
-from .sections import (card_section, center_sentences, label_section, patients_section,
-                                      prevalence_section, stated, stated_names, study_rows, width_sentence)
+from .sections import (
+    card_section, center_sentences, image_source, label_section, patients_section, prevalence_section,
+    stated, stated_names, study_rows, width_sentence)
 from .statistics import Estimate
 
 # %% ../nbs/950_report.ipynb #4b2b3f51
@@ -161,10 +162,6 @@ def shown_findings(
     return [dict(code=f.code, verdict=str(f.verdict), sentence=f.sentence, remedy=remedy(f)) for f in found]
 
 # %% ../nbs/950_report.ipynb #0731bbb7
-def _source(prepared):
-    "What the images are, as a reader would say it"
-    return 'own images' if prepared.parameters.get('data') else prepared.record(Prepared).source
-
 def _count_tables(prepared, about):
     "The sets, and why images were quarantined, for pages without a flow of patients"
     splits = prepared.table('splits').replace(dict(split=dict(train='training', val='validation')))
@@ -178,7 +175,7 @@ def cohort_section(
 )->dict:
     "What was read, what was quarantined and why, how the patients were split, and what the checks found"
     m, found = prepared.record(Prepared), read_findings(prepared.table('checks'))
-    source = _source(prepared).capitalize()
+    source = image_source(prepared).capitalize()
     given = f'{source}: {plural(m.images + m.quarantined, "image")}, of which {m.quarantined:,} quarantined.'
     centers = f'from {plural(m.centers, "center")}' if m.centers else 'from unknown centers'
     used = f'The cohort has {plural(m.images, "image")} of {plural(m.patients, "patient")} {centers}.'
@@ -411,7 +408,7 @@ def report_html(
     runs = [r for r in (prepared, trained, derived, evaluated) if r is not None]
     return page_html(
         title=_title(run, m.classes), positive=m.positive, study=study_rows(run),
-        lead=f'{trained.record(Trained).arch} on {_source(prepared)}. {made}',
+        lead=f'{trained.record(Trained).arch} on {image_source(prepared)}. {made}',
         label=label_section(run, evaluated, _warnings(prepared), prepared),
         sentences=result_sentences(m, about.best_auc, centers, baselines),
         result=result_section(evaluated, about.best_auc), card=card_section(run_card(evaluated)),

@@ -18,7 +18,8 @@ from ..experiments import list_experiments
 from .parts import Explorer, menu, menu_options, paragraph, set_options, table_html
 from .sources import Place, evaluated_result
 from ..metrics.compare import compare, compare_pairs
-from ..report import p_text, without_folders
+from ..page import p_text
+from ..report import without_folders
 from ..runs import Run
 from ..statistics import Estimate
 

@@ -9,79 +9,61 @@ __all__ = ['within_centers', 'forest_rows', 'forest_figure']
 import numpy as np
 import pandas as pd
 
-from ..core import StripError, plural, short_name
+from ..core import StripError, plural
+from .folds import auc_within
 from ..predictions import patient_arrays
-from ..statistics import Estimate, auc, cumulative_counts, interval, resampled
+from ..statistics import Estimate
 
 # %% ../../nbs/525_metrics.centers.ipynb #1e84575d
-def _pairs_of_center(y, p, weights=None):
-    "Correctly ranked pairs, ties counting half, and all pairs, of the data or of each resample: each (B,)"
-    tp, fp = cumulative_counts(y, p, weights)
-    return (np.diff(fp)*(tp[:, 1:] + tp[:, :-1])).sum(1)/2, tp[:, -1]*fp[:, -1]
-
-def _within(y, p, members, weights=None):
-    "The AUC within centers, of the data or of each resample: (B,)"
-    found = [_pairs_of_center(y[m], p[m], None if weights is None else weights[:, m]) for m in members]
-    ranked, pairs = (sum(part) for part in zip(*found))
-    with np.errstate(invalid='ignore'): return ranked/pairs
-
-# %% ../../nbs/525_metrics.centers.ipynb #f442721d
 def within_centers(
     patients:pd.DataFrame,      # Predictions per patient, with labels and center_id, of one split
-    n_resamples:int=2000,       # Resamples of patients
-    seed:int=0,                 # Which resamples
     positive:str|None=None,     # The positive class; None takes LAA, or else the last in alphabetical order
-    stratified:bool=False,      # Resample within classes, for a study with fixed class counts
 )->Estimate:                    # NaN if no center has both classes
-    "The AUC of pairs of patients from the same center, with its bootstrap interval"
+    "The AUC of pairs of patients from the same center, with its 95 % interval"
     if 'center_id' not in patients:
         raise StripError('The predictions have no center_id, so nothing is known per center.')
-    patients = patients.sort_values('patient_id')
     y, p = patient_arrays(patients, positive)
-    centers = patients.center_id.replace('', np.nan).fillna('unknown').to_numpy()
-    members = [np.flatnonzero(centers == c) for c in sorted(set(centers) - {'unknown'})]
-    members = [m for m in members if y[m].min() < y[m].max()]
-    if not members: return Estimate(np.nan, np.nan, np.nan)
-    def statistic(w): return _within(y, p, members, w)
-    return interval(resampled(statistic, y, n_resamples, seed, stratified), float(_within(y, p, members)[0]))
+    center = patients.center_id.replace('', np.nan).fillna('unknown').to_numpy()
+    known = center != 'unknown'
+    return auc_within(y[known], p[known], patients.patient_id.to_numpy()[known], center[known])
 
-# %% ../../nbs/525_metrics.centers.ipynb #cc434d35
+# %% ../../nbs/525_metrics.centers.ipynb #431edd3d
 def forest_rows(
-    centers:pd.DataFrame,   # In long form, from `center_table`: center, patients, metric, value, low, high
-    within:Estimate,        # From `within_centers`
-    overall:Estimate,       # The AUC of all patients
-)->pd.DataFrame:            # name, patients (NaN for summaries), value, low, high; empty unless two centers have one
+    groups:pd.DataFrame,    # One row per group: name, patients, value, low, high
+    summaries:dict,         # Name -> `Estimate` of all groups; the first one is the pooled line
+)->pd.DataFrame:            # name, patients (NaN for summaries), value, low, high
     "What a forest plot shows, from top to bottom"
-    own = centers[(centers.metric == 'roc_auc') & centers.value.notna()]
-    columns = ['name', 'patients', 'value', 'low', 'high']
-    if len(own) < 2: return pd.DataFrame(columns=columns)
-    summary = [dict(name=name, patients=np.nan, **estimate._asdict())
-               for name, estimate in (('within centers', within), ('all patients', overall))]
-    names = own.center.astype(str).map(lambda c: f'center {short_name(c)}')
-    return pd.concat([own.assign(name=names)[columns], pd.DataFrame(summary)], ignore_index=True)
+    last = [dict(name=name, patients=np.nan, **estimate._asdict()) for name, estimate in summaries.items()]
+    return pd.concat([groups[['name', 'patients', 'value', 'low', 'high']], pd.DataFrame(last)], ignore_index=True)
 
-# %% ../../nbs/525_metrics.centers.ipynb #315c802a
+# %% ../../nbs/525_metrics.centers.ipynb #d35d2ee4
 def _row_name(name, patients):
-    "The label of a row, with its number of patients if it is a center"
+    "The label of a row, with its number of patients if it is a group"
     return name if np.isnan(patients) else f'{name}, {plural(int(patients), "patient")}'
+
+def _forest_row(ax, at, row):
+    "One row of a forest plot; a summary is black"
+    color, marker = ('k', 'D') if np.isnan(row.patients) else ('#0072B2', 's')
+    if np.isnan(row.value):
+        white = dict(color='white', pad=1)
+        return ax.text(.52, at, 'too few patients of a class', va='center', fontsize=8, color='.4', bbox=white)
+    ax.plot([row.low, row.high], [at, at], color=color, lw=1.5)
+    ax.plot(row.value, at, marker, color=color, ms=6)
 
 def forest_figure(
     rows:pd.DataFrame,  # From `forest_rows`
-):                      # Matplotlib figure, or None without rows
-    "AUC per center with intervals, and the pooled line"
+):                      # Matplotlib figure
+    "The AUC of each group with its 95 % interval, below them that of all, and a line at the pooled one"
     import matplotlib.pyplot as plt
-    if not len(rows): return None
     y = np.arange(len(rows))[::-1] - .35*rows.patients.isna()
     fig, ax = plt.subplots(figsize=(5.4, .9 + .3*len(rows)), layout='constrained')
-    pooled = rows[rows.name == 'within centers'].value.iloc[0]
+    pooled = rows[rows.patients.isna()].iloc[0]
     ax.axvline(.5, color='.5', ls=':', label='chance')
-    ax.axvline(pooled, color='k', lw=1, ls='--', label='within centers')
-    for at, r in zip(y, rows.itertuples(index=False)):
-        summary = np.isnan(r.patients)
-        ax.plot([r.low, r.high], [at, at], color='k' if summary else '#0072B2', lw=1.5)
-        ax.plot(r.value, at, 'D' if summary else 's', color='k' if summary else '#0072B2', ms=6)
+    ax.axvline(pooled.value, color='k', lw=1, ls='--', label=pooled['name'])
+    for at, row in zip(y, rows.itertuples(index=False)): _forest_row(ax, at, row)
     names = [name.replace('$', r'\$') for name in map(_row_name, rows['name'], rows.patients)]
-    ax.set(yticks=y, yticklabels=names, xlabel='ROC AUC, 95 % CI', xlim=(min(.4, rows.low.min()) - .02, 1.01))
+    ax.set(yticks=y, yticklabels=names, xlabel='patient AUC, 95 % CI', xlim=(min(.4, rows.low.min()) - .02, 1.01))
+    ax.set_ylim(y.min() - .5, len(rows) - .5)
     ax.spines[['top', 'right']].set_visible(False)
     fig.legend(frameon=False, fontsize=8, loc='outside upper right', ncols=2)
     return fig

@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['crossval_patients', 'mean_over_repeats', 'predicted_classes', 'crossval_scores', 'group_table', 'spread_table',
-           'crossval_baselines', 'crossval_baseline_table', 'forest_figure']
+           'crossval_baselines', 'crossval_baseline_table']
 
 # %% ../../nbs/560_metrics.crossval.ipynb #6f2c1b21
 import numpy as np
 import pandas as pd
 
 from ..data.cohort import sorted_centers
-from .baselines import baseline_features, baseline_metrics, fitted_baselines
+from .baselines import baseline_features, baseline_metrics, baseline_verdicts, fitted_baselines
 from .compare import verdict
 from .folds import fold_auc, fold_auc_difference, fold_loss_difference
 from .intervals import proportion_interval
 from .scores import few_patients, image_scores
-from ..core import listing, plural
+from ..core import StripError, listing, plural
 from ..predictions import aggregate_patients, class_arrays, classes_of
 from ..statistics import Estimate, auc_variance, prior_shift
 
@@ -168,13 +168,12 @@ def crossval_baselines(
     return {n: pd.concat([tables[n] for tables in found], ignore_index=True) for n in names}
 
 # %% ../../nbs/560_metrics.crossval.ipynb #5eebb175
-_better = {'first is better': 'model is better', 'second is better': 'baseline is better'}
-
 def _both(patients, other, positive):
     "Labels, probabilities of the model and the baseline, patient and model of each row"
     key = ['patient_id', 'repeat']
     a, b = (t.sort_values(key, ignore_index=True) for t in (patients, other))
-    if not a[key].astype(str).equals(b[key].astype(str)): raise ValueError('The patients of the baseline are others.')
+    if not a[key].astype(str).equals(b[key].astype(str)):
+        raise StripError('The patients of the baseline are others than those of the model; fit it on the same folds.')
     (y, p), (_, q) = class_arrays(a, positive), class_arrays(b, positive)
     return y, p, q, a.patient_id.to_numpy(), a.groupby(['repeat', 'fold']).ngroup().to_numpy()
 
@@ -191,7 +190,7 @@ def _baseline_rows(name, patients, other, positive, settings):
         if constant: e = Estimate(e.value, np.nan, np.nan)
         said = verdict(d, metric == 'roc_auc', smaller)
         yield dict(name=name, metric=metric, **e._asdict(), note=note, difference=d.value, difference_low=d.low,
-                   difference_high=d.high, verdict=_better.get(said, said))
+                   difference_high=d.high, verdict=baseline_verdicts.get(said, said))
 
 # %% ../../nbs/560_metrics.crossval.ipynb #fe365e7d
 def crossval_baseline_table(
@@ -210,29 +209,3 @@ def crossval_baseline_table(
     columns = ['name', 'metric', 'value', 'low', 'high', 'note', 'difference', 'difference_low', 'difference_high',
                'verdict']
     return pd.DataFrame(rows.to_dict('records') + found)[columns]
-
-# %% ../../nbs/560_metrics.crossval.ipynb #09f8be9a
-def forest_figure(
-    rows:pd.DataFrame,  # One row per group: label, patients, value, low, high
-    whole:Estimate,     # All groups together
-    title:str='',       # What the groups are
-):                      # Matplotlib figure
-    "The AUC of each group with its 95 % interval, and of all together"
-    import matplotlib.pyplot as plt
-    height = 1.3 + .22*len(rows)
-    fig, ax = plt.subplots(figsize=(4.6, height), layout='constrained')
-    for i, r in enumerate(rows.itertuples()):
-        if not np.isnan(r.low): ax.plot([r.low, r.high], [i, i], color='.6', lw=1)
-        if np.isnan(r.value): ax.text(.52, i, 'too few patients of a class', va='center', fontsize=8, color='.4')
-        else: ax.plot(r.value, i, 's', color='.3', ms=3 + np.sqrt(r.patients)/4)
-    ax.plot([whole.low, whole.high], [len(rows)]*2, color='#0072B2', lw=2)
-    ax.plot(whole.value, len(rows), 'D', color='#0072B2')
-    ax.axvline(.5, color='.4', ls=':', lw=1)
-    if not np.isnan(whole.value): ax.axvline(whole.value, color='#0072B2', ls='--', lw=.7)
-    labels = [f'{r.label} ({r.patients})' for r in rows.itertuples()] + ['all']
-    ax.set(yticks=range(len(labels)), yticklabels=labels, xlim=(-.02, 1.02), ylim=(len(rows) + .6, -.6), title=title,
-           xlabel='patient AUC, 95 % CI; dotted: chance')
-    ax.title.set_size(10)
-    ax.tick_params(axis='y', labelsize=8)
-    ax.spines[['top', 'right']].set_visible(False)
-    return fig

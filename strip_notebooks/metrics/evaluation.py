@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..bundle import Bundle
-from ..core import StripError, listing
+from ..core import StripError, listing, short_name
 from . import figures
 from .centers import forest_figure, forest_rows, within_centers
 from .prevalence import outcome_counts, prevalence_table
@@ -74,8 +74,7 @@ def _tables(point, images, patients, common):
                   classes=class_table(patients, **common), outcomes=pd.DataFrame([counts._asdict()]),
                   prevalence=prevalence_table(counts))
     if 'center_id' not in patients: return tables
-    resampling = {k: v for k, v in common.items() if k != 'threshold'}
-    within = pd.DataFrame([within_centers(patients, **resampling)._asdict()])
+    within = pd.DataFrame([within_centers(patients, point.positive)._asdict()])
     return dict(tables, centers=center_table(patients, **common), within=within)
 
 # %% ../../nbs/540_metrics.evaluation.ipynb #8221f92f
@@ -120,10 +119,14 @@ def evaluate_bundle(
 
 # %% ../../nbs/540_metrics.evaluation.ipynb #b018d572
 def _forest(evaluation):
-    "The forest plot over centers, or None"
+    "The forest plot over centers; None unless two of them have an AUC"
     tables = evaluation.tables
     if 'within' not in tables: return None
-    return forest_figure(forest_rows(tables['centers'], Estimate(*tables['within'].iloc[0]), evaluation.result['auc']))
+    centers = tables['centers'].query("metric == 'roc_auc'").dropna(subset='value')
+    if len(centers) < 2: return None
+    summaries = {'within centers': Estimate(*tables['within'].iloc[0]), 'all patients': evaluation.result['auc']}
+    names = centers.center.astype(str).map(lambda c: f'center {short_name(c)}')
+    return forest_figure(forest_rows(centers.assign(name=names), summaries))
 
 def evaluation_figures(
     evaluation:Evaluation,      # From `evaluate_bundle`

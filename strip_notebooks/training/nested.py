@@ -52,13 +52,17 @@ def make_folds(
     return with_seeds(folds, plan.seeds, seed)
 
 # %% ../../nbs/445_training.nested.ipynb #063e11d6
+def _as_folds(rows, number):
+    "The patients of some rows of nested folds as folds of one repeat, numbered by the column `number`"
+    fold = rows[number].astype(int)
+    return pd.DataFrame(dict(patient_id=rows.patient_id, repeat=0, fold=fold)).reset_index(drop=True)
+
 def inner_folds(
     nested:pd.DataFrame,    # From `nested_folds`
     outer:int,              # The outer fold, whose patients are left out
 )->pd.DataFrame:            # patient_id, repeat (0), fold
     "The folds that choose the settings for an outer fold"
-    rows = nested[(nested.outer == outer) & nested.inner.notna()]
-    return pd.DataFrame(dict(patient_id=rows.patient_id, repeat=0, fold=rows.inner.astype(int))).reset_index(drop=True)
+    return _as_folds(nested[(nested.outer == outer) & nested.inner.notna()], 'inner')
 
 def _fold_scores(predictions, folds, folder, monitor):
     "The score of each fold's patients, at equal priors"
@@ -99,8 +103,7 @@ def nested_cross_validate(
     folder,                 # Where to write; what was interrupted there resumes
 )->tuple:                   # Out-of-fold predictions; and outer, candidate, value, sd, chosen
     "Choose settings inside, and test outside"
-    rows = nested[nested.inner.isna()]
-    outer = pd.DataFrame(dict(patient_id=rows.patient_id, repeat=0, fold=rows.outer)).reset_index(drop=True)
+    outer = _as_folds(nested[nested.inner.isna()], 'outer')
     inner = {o: inner_folds(nested, o) for _, o in fold_numbers(outer)}
     check_folds(cohort, outer, candidates[0])
     for table in inner.values():
