@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['intended_use', 'not_for', 'license_words', 'card_metrics', 'bare_card', 'result_rows', 'validation_results',
-           'card_baselines', 'metric_title', 'card_text', 'add_card', 'bundle_card', 'write_card', 'run_card',
-           'about_model']
+           'card_baselines', 'card_value', 'metric_title', 'card_text', 'add_card', 'bundle_card', 'write_card',
+           'run_card', 'about_model']
 
 # %% ../nbs/920_card.ipynb #0deae80c
 import json
@@ -94,26 +94,29 @@ def card_baselines(
                  verdict=text(r['verdict']), note=text(r['note'])) for r in table.to_dict('records')]
 
 # %% ../nbs/920_card.ipynb #710af864
-def _text(value):
+def card_value(
+    value,  # Text, a number, a list or a dict
+)->str:
     "A value of a card in words"
     if value in ('', None, [], {}): return 'none'
-    if isinstance(value, dict): return ', '.join(f'{k} {_text(v)}' for k, v in value.items())
-    if isinstance(value, list): return ('; ' if isinstance(value[0], dict) else ', ').join(map(_text, value))
+    if isinstance(value, dict): return ', '.join(f'{k.replace("_", " ")} {card_value(v)}' for k, v in value.items())
+    if isinstance(value, list): return ('; ' if isinstance(value[0], dict) else ', ').join(map(card_value, value))
     return f'{value:.3f}' if isinstance(value, float) else str(value)
-
-def _list(section): return [f"- {k.replace('_', ' ')}: {_text(v)}" for k, v in section.items()]
-
-def _estimate(row, prefix=''):
-    "A number of a row with its interval; empty if the row has none"
-    names = (prefix.rstrip('_') or 'value', f'{prefix}low', f'{prefix}high')
-    if prefix and row[names[0]] is None: return ''
-    return estimate_text(Estimate(*(float('nan') if row[k] is None else row[k] for k in names)))
 
 def metric_title(
     metric:str, # Such as 'roc_auc'
 )->str:
     "What a metric is called on a card"
     return card_metrics.get(metric, metric.replace('_', ' '))
+
+# %% ../nbs/920_card.ipynb #53c23065
+def _list(section): return [f"- {k.replace('_', ' ')}: {card_value(v)}" for k, v in section.items()]
+
+def _estimate(row, prefix=''):
+    "A number of a row with its interval; empty if the row has none"
+    names = (prefix.rstrip('_') or 'value', f'{prefix}low', f'{prefix}high')
+    if prefix and row[names[0]] is None: return ''
+    return estimate_text(Estimate(*(float('nan') if row[k] is None else row[k] for k in names)))
 
 _about_results = {
     'validation': 'The epoch and the threshold were chosen on the validation patients, so their results are too good.',
@@ -131,8 +134,9 @@ def _result_lines(rows):
 def _baseline_lines(rows):
     "A table of baselines in Markdown"
     if not rows: return ['Not stated.']
-    lines = [f"| {r['name']} | {metric_title(r['metric'])} | {_estimate(r)} | {_estimate(r, 'difference_')} | {r['verdict']} |"
+    cells = [(r['name'], metric_title(r['metric']), _estimate(r), _estimate(r, 'difference_'), r['verdict'])
              for r in rows]
+    lines = [f'| {" | ".join(row)} |' for row in cells]
     return ['| predictor | metric | value | model minus baseline | verdict |', '|---|---|---|---|---|', *lines]
 
 # %% ../nbs/920_card.ipynb #cebe097d

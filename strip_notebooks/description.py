@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .core import listing, plural
-from .data.cohort import attribute_columns, sorted_centers, split_names
+from .data.cohort import attribute_columns, split_names
 from .predictions import blank_cells
 from .statistics import Estimate, normal_quantile
 

@@ -23,7 +23,7 @@ from .data.decoding import decode
 from .data.images import is_image_file
 from .experiments import find_run
 from .predictions import aggregate_patients, classes_of, make_predictions
-from .runs import Run, RunError
+from .runs import RunError
 
 # %% ../nbs/930_predict.ipynb #59dc0fc3
 def _model_run(run):

@@ -11,7 +11,7 @@ __all__ = ['stated_names', 'label_metrics', 'use_words', 'stated', 'study_rows',
 import numpy as np
 import pandas as pd
 
-from .card import metric_title, not_for
+from .card import card_value, metric_title, not_for
 from .core import listing, plural
 from .description import drift_sentence
 from .findings import estimate_text
@@ -232,13 +232,6 @@ def center_sentences(
     return said
 
 # %% ../nbs/934_sections.ipynb #e38aa8fa
-def _card_text(value):
-    "A value of a card as text"
-    if isinstance(value, dict): return ', '.join(f'{k.replace("_", " ")} {_card_text(v)}' for k, v in value.items())
-    if isinstance(value, list): return '; '.join(map(_card_text, value)) or 'none'
-    if value is None or value == '': return 'none'
-    return f'{value:.3f}' if isinstance(value, float) else str(value)
-
 def _card_estimate(row):
     "A number of a card with its interval"
     return interval_text(*(np.nan if row[k] is None else row[k] for k in ('value', 'low', 'high')))
@@ -264,7 +257,7 @@ def card_section(
     uses = [('Intended use', 'intended_use'), ('Not for', 'not_for'), ('License', 'license')]
     lists = [('Use', [(title, card[key]) for title, key in uses])]
     for name in ('model', 'data', 'training'):
-        rows = [(k.replace('_', ' '), _card_text(v)) for k, v in card[name].items()]
+        rows = [(k.replace('_', ' '), card_value(v)) for k, v in card[name].items()]
         if rows: lists.append((name.capitalize(), rows))
     warned = [(w['code'], w['sentence']) for w in card['warnings']]
     if warned: lists.append(('Warnings', warned))

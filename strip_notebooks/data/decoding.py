@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core import StripError
 from .formats import read_image
-from .images import ImageError, Limits, Reading, Source, open_source, use_guard
+from .images import ImageError, Limits, Reading, open_source, use_guard
 from ..processes import Died, progress, worker_prints, worker_results
 
 # %% ../../nbs/135_data.decoding.ipynb #776ee2e5

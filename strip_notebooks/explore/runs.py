@@ -15,7 +15,7 @@ from IPython.display import Markdown
 
 from ..core import StripError, plural, short_name
 from ..experiments import list_experiments
-from .parts import Explorer, menu, menu_options, paragraph, set_options, table_html
+from .parts import Explorer, menu, menu_options, paragraph, table_html
 from .sources import Place, evaluated_result
 from ..metrics.compare import compare, compare_pairs
 from ..page import p_text

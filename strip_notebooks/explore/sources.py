@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from .. import preparation as prep
-from ..core import StripError, content_hash, plural, write_csv
+from ..core import StripError, content_hash, plural
 from ..data.cache import Cache, build_cache
 from ..data.checks import showable
 from ..data.cohort import CohortWarning

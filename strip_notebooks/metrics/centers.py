@@ -50,6 +50,7 @@ def _forest_row(ax, at, row):
     ax.plot([row.low, row.high], [at, at], color=color, lw=1.5)
     ax.plot(row.value, at, marker, color=color, ms=6)
 
+# %% ../../nbs/525_metrics.centers.ipynb #b218abf8
 def forest_figure(
     rows:pd.DataFrame,  # From `forest_rows`
 ):                      # Matplotlib figure

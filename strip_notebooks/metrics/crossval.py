@@ -10,7 +10,6 @@ __all__ = ['crossval_patients', 'mean_over_repeats', 'predicted_classes', 'cross
 import numpy as np
 import pandas as pd
 
-from ..data.cohort import sorted_centers
 from .baselines import baseline_features, baseline_metrics, baseline_verdicts, fitted_baselines
 from .compare import verdict
 from .folds import fold_auc, fold_auc_difference, fold_loss_difference

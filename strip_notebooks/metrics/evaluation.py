@@ -128,6 +128,7 @@ def _forest(evaluation):
     names = centers.center.astype(str).map(lambda c: f'center {short_name(c)}')
     return forest_figure(forest_rows(centers.assign(name=names), summaries))
 
+# %% ../../nbs/540_metrics.evaluation.ipynb #8fbb52af
 def evaluation_figures(
     evaluation:Evaluation,      # From `evaluate_bundle`
     shown:pd.DataFrame|None=None, # Its images that may be shown
