@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['added_patients', 'size_columns', 'baseline_metrics', 'baseline_verdicts', 'baseline_words', 'baseline_features',
            'group_shares', 'size_groups', 'color_shares', 'relative_colors', 'fitted_baselines', 'baseline_predictions',
-           'baseline_table', 'Strongest', 'strongest_baseline', 'baseline_sentence']
+           'baseline_table', 'Strongest', 'strongest_baseline', 'misleading_probabilities', 'baseline_sentence']
 
 # %% ../../nbs/550_metrics.baselines.ipynb #75685e35
 from typing import NamedTuple
@@ -167,10 +167,8 @@ baseline_words = {'class prior': 'the class prior', 'center': 'the center alone'
                   'tissue color within centers': 'three color numbers (the mean color of the tissue, '
                                                  'relative to that of the center)'}
 
-def baseline_sentence(
-    table:pd.DataFrame, # From `baseline_table`
-)->str:
-    "Whether the model does better than the baselines, with the numbers of the strongest one"
+def _by_auc(table):
+    "Whether the model ranks better than the baselines, with the numbers of the strongest one"
     name, auc, difference, verdict = strongest_baseline(table)
     words = baseline_words[name]
     if verdict.startswith('no '): return f'Whether the model does better than the baselines is open ({verdict}).'
@@ -180,3 +178,18 @@ def baseline_sentence(
         return f'Better than every baseline. The strongest is {words}: {found}.'
     if verdict == 'baseline is better': return f'The model does worse than {words}: {found}.'
     return f'The model does not do better than {words}: {found}, not distinguishable.'
+
+# %% ../../nbs/550_metrics.baselines.ipynb #b2f60af9
+def misleading_probabilities(
+    table:pd.DataFrame, # From `baseline_table`
+)->bool:
+    "Whether the class-weighted log loss is worse than that of the class prior, by the whole interval"
+    prior = table[(table.metric == 'weighted_log_loss') & (table.name == 'class prior')]
+    return bool((prior.difference_low > 0).any())
+
+def baseline_sentence(
+    table:pd.DataFrame, # From `baseline_table`
+)->str:
+    "Whether the model does better than the baselines, by AUC, and whether its probabilities are worse than the prior"
+    if not misleading_probabilities(table): return _by_auc(table)
+    return f'{_by_auc(table)} Its probabilities mislead: by class-weighted log loss it is worse than the class prior.'
