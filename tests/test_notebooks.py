@@ -1,7 +1,7 @@
 """Every library notebook and every guide runs from top to bottom, in a fresh namespace
 
 Experiments are run by the tests of the command line, explorers by test_explore.py, in a workspace of their own."""
-import os
+import os, tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,10 +16,16 @@ def name(path): return path.relative_to(root/'nbs').as_posix()
 
 @pytest.fixture(autouse=True)
 def left_as_found(monkeypatch):
-    "What a notebook sets in its process is not passed on to the next one"
-    before, here = dict(os.environ), Path.cwd()
+    "What a notebook sets in its process is not passed on to the next one, and its folder goes"
+    before, here, scratch = dict(os.environ), Path.cwd(), []
+    class Recorded(tempfile.TemporaryDirectory):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            scratch.append(self)
+    monkeypatch.setattr(tempfile, 'TemporaryDirectory', Recorded)
     monkeypatch.chdir(root)
     yield
+    for folder in scratch: folder.cleanup()     # no kernel ends here
     plt.close('all')
     os.environ.clear(); os.environ.update(before); os.chdir(here)
 
