@@ -218,6 +218,7 @@ def drift_figure(
         ax.errorbar(rows.value, y, xerr=around, fmt='o', color=color, ms=5, capsize=2, label=f'{label} set')
     ax.set(yticks=range(len(names)), yticklabels=labels, ylim=(-.6, len(names) - .4))
     ax.set_xlabel('difference to the training set, standard deviations')
+    ax.locator_params(axis='x', nbins=7)
     ax.spines[['top', 'right']].set_visible(False)
     fig.legend(frameon=False, fontsize=8, loc='outside upper right', ncols=3)
     return fig
