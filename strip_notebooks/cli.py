@@ -322,8 +322,9 @@ def predict_command(
         return print(_about_model(folder), end='')
     if args.out: predict.table_paths(args.out)
     found = predict.predict_files(predict.load_bundle(folder, args.device), args.paths, args.patient, columns)
-    written = found.save(args.out) if args.out else []
-    print(found.text())
+    written = []
+    try: written = found.save(args.out) if args.out else []
+    finally: print(found.text())        # also where the disk is full
     if written: print('written: ' + ', '.join(map(str, written)))
 
 # %% ../nbs/990_cli.ipynb #e5e02c45
