@@ -12,7 +12,7 @@ from textwrap import fill
 import numpy as np
 import pandas as pd
 
-from ..core import class_colors, plural
+from ..core import class_colors, plural, short_name
 from .operating import net_benefit, reliability_table
 from .intervals import expanded_level
 from .smooth import smooth_calibration
@@ -22,8 +22,8 @@ from ..statistics import auc_interval, bootstrap_interval, cumulative_counts, re
 
 # %% ../../nbs/530_metrics.figures.ipynb #a0bde8e1
 def _shown(name, width=18):
-    "A class name for a figure, folded, without formulas"
-    return fill(str(name), width).replace('$', r'\$')
+    "A class name for a figure, folded and not longer than three lines of letters, without formulas"
+    return fill(short_name(name, 3*width), width).replace('$', r'\$')
 
 def _axes(patients, positive):
     "Labels, probabilities, the positive class as shown, its color, and a figure with one axis"
