@@ -227,7 +227,7 @@ def _check_demo(steps):
 
 # %% ../nbs/990_cli.ipynb #785dea50
 def _reservations(warnings):
-    "What a result must be read with, as lines: the findings, the gravest first"
+    "What a result must be read with, as lines: the findings, the most serious first"
     if not warnings: return ['Checks and audit have no warning.']
     lines = [f'Read the result together with {plural(len(warnings), "warning")} of checks and audit:']
     for f in sorted(warnings, key=lambda f: -f.verdict.rank):
@@ -322,8 +322,9 @@ def predict_command(
         return print(_about_model(folder), end='')
     if args.out: predict.table_paths(args.out)
     found = predict.predict_files(predict.load_bundle(folder, args.device), args.paths, args.patient, columns)
-    written = found.save(args.out) if args.out else []
-    print(found.text())
+    written = []
+    try: written = found.save(args.out) if args.out else []
+    finally: print(found.text())        # also where the disk is full
     if written: print('written: ' + ', '.join(map(str, written)))
 
 # %% ../nbs/990_cli.ipynb #e5e02c45

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import listing, plural, write_text
+from .core import listing, plural, short_name, write_text
 from .findings import estimate_text, read_findings
 from .metrics.baselines import baseline_sentence
 from .metrics.crossval import (crossval_baseline_table, crossval_baselines, crossval_patients,
@@ -53,7 +53,7 @@ def crossval_tables(
 # %% ../nbs/955_crossval_report.ipynb #f936e94d
 def _labels(rows):
     "What each fold is called"
-    if 'center' in rows: names = 'center ' + rows.center.astype(str)
+    if 'center' in rows: names = 'center ' + rows.center.map(short_name)
     else: names = 'fold ' + (rows.fold + 1).astype(str)
     if rows['repeat'].nunique() == 1: return names
     return names + ', repeat ' + (rows['repeat'] + 1).astype(str)
@@ -71,7 +71,7 @@ def crossval_figures(
     yield 'folds', forest_figure(forest_rows(rows.assign(name=_labels(rows)), whole))
     if 'centers' in tables:
         rows = tables['centers'].query("metric == 'roc_auc'")
-        yield 'centers', forest_figure(forest_rows(rows.assign(name='center ' + rows.center.astype(str)), whole))
+        yield 'centers', forest_figure(forest_rows(rows.assign(name='center ' + rows.center.map(short_name)), whole))
     mean, resampled = mean_over_repeats(patients), dict(n_resamples=n_resamples, seed=seed, positive=positive)
     yield 'roc', roc_figure(mean, **resampled)
     yield 'reliability', reliability_figure(mean, positive=positive)

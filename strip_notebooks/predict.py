@@ -62,7 +62,7 @@ def _patient_of(path, rule, classes):
 # %% ../nbs/930_predict.ipynb #85f2624f
 def _shown(path):
     "A path as text that can be printed, also where it is not UTF-8"
-    return str(path).encode(errors='replace').decode()
+    return str(path).encode(errors='backslashreplace').decode()
 
 def _may_be_image(path):
     "Whether the ending of a path is that of an image, or missing"
@@ -179,7 +179,8 @@ def predict_files(
     bad = pd.concat([table[table.message != ''], tried.assign(message=messages)[~good]])
     bad = bad[['image_id', 'patient_id', 'message']].reset_index(drop=True)
     if not good.any():
-        raise StripError(f'None of the {plural(len(table), "file")} can be read; the first: {bad.message.iloc[0]}')
+        raise StripError(f'No image of {plural(len(table), "file")} can be read; the first is '
+                         f'{bad.image_id.iloc[0]}: {bad.message.iloc[0]}')
     images = make_predictions(tried[good], p[good], bundle.classes)
     images['predicted'] = predicted_class(images, bundle.positive, bundle.threshold)
     return FilePredictions(images, _patients(images, bad, bundle), bad, bundle, patient)
@@ -230,13 +231,15 @@ def text(self:FilePredictions,
 def table_paths(
     out,            # The CSV for the images
 )->dict[str, Path]: # images, patients, unreadable -> path
-    "Where `save` writes; a `StripError` if a file is there already"
+    "Where `save` writes; a `StripError` if a file is there already, or if none can be"
     out = Path(out)
     if out.suffix.lower() != '.csv': raise StripError(f'{out} must end in .csv; the answers are written as CSV.')
     paths = dict(images=out, **{n: out.with_name(f'{out.stem}-{n}.csv') for n in ('patients', 'unreadable')})
     there = [str(p) for p in paths.values() if p.exists()]
     if there: raise StripError(f'{listing(there)} would be replaced; give another name, or remove what is there.')
-    return paths
+    above = next(p for p in out.absolute().parents if p.exists())
+    if above.is_dir() and os.access(above, os.W_OK): return paths
+    raise StripError(f'{above} is not a folder that can be written to; name a file in another folder.')
 
 @patch
 def save(self:FilePredictions,

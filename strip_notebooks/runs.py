@@ -444,7 +444,7 @@ def save_summary(self:Run,
 def summary(self:Run)->str:
     "The lines that are printed when the run is done; empty if there are none"
     path = self.path/'summary.txt'
-    return path.read_text(encoding='utf-8') if path.is_file() else ''
+    return path.read_text(encoding='utf-8', errors='replace') if path.is_file() else ''
 
 # %% ../nbs/040_runs.ipynb #03b95622
 @patch
@@ -455,6 +455,10 @@ def log(self:Run,
     with open(_writable(self, 'log.txt'), 'a', encoding='utf-8') as f: f.write(f'{now()} {text}\n')
 
 # %% ../nbs/040_runs.ipynb #fefa0e3a
+def _is_number(value):
+    "Whether a value of a run's metrics fits into a column of numbers"
+    return isinstance(value, float) or isinstance(value, int) and abs(value) < 2**63
+
 def _row(run):
     "The row of a run in the list"
     try:
@@ -463,7 +467,7 @@ def _row(run):
     except StripError as e: status, state, numbers = dict(error=str(e)), 'corrupt', {}
     known = {k: status.get(k, '') for k in ('step', 'started', 'ended', 'error')}
     row = dict(run=run.name, step=known.pop('step'), state=state, **known)
-    return {**{k: v for k, v in numbers.items() if isinstance(v, (int, float)) and k not in row}, **row}
+    return {**{k: v for k, v in numbers.items() if _is_number(v) and k not in row}, **row}
 
 # %% ../nbs/040_runs.ipynb #5dff622e
 def list_runs(
@@ -473,5 +477,6 @@ def list_runs(
     root = Path(root or workspace()/'runs')
     if root.exists() and not root.is_dir(): raise RunError(f'{root} is not a folder of runs; name a folder.')
     first = ['run', 'step', 'state', 'started', 'ended', 'error']
-    runs = pd.DataFrame([_row(Run(p.parent)) for p in sorted(root.glob('[!.]*/status.json'))])
+    found = sorted(p for p in root.glob('[!.]*/status.json') if p.is_file())
+    runs = pd.DataFrame([_row(Run(p.parent)) for p in found])
     return runs.reindex(columns=first + [c for c in runs if c not in first])

@@ -14,7 +14,7 @@ import pandas as pd
 
 from .core import (StripError, class_colors, content_hash, derive_seed, listing, nearest, plural,
                                   read_json,
-                                  write_json, write_text, short_name)
+                                  write_json, write_text, figure_name)
 from .data.cohort import CohortError, check_cohort, patient_table, split_names
 
 # %% ../nbs/200_splits.ipynb #80fae5f8
@@ -144,10 +144,10 @@ split_colors = dict(train='#999999', val='#56B4E9', test='#009E73')
 def _bar(ax, counts, colors):
     "Stacked bars of shares, one per row of `counts`, with its number of patients"
     total = counts.sum(axis=1)
-    names, bottom = [f'{short_name(name)}\n{n}' for name, n in total.items()], np.zeros(len(counts))
+    names, bottom = [f'{figure_name(name)}\n{n}' for name, n in total.items()], np.zeros(len(counts))
     for column, color in colors.items():
         share = (counts[column]/total).to_numpy()
-        ax.bar(np.arange(len(names)), share, bottom=bottom, color=color, width=.75, label=short_name(column))
+        ax.bar(np.arange(len(names)), share, bottom=bottom, color=color, width=.75, label=figure_name(column))
         bottom += share
     ax.set_xticks(np.arange(len(names)), names, rotation=0 if max(map(len, names)) < 12 else 60)
     ax.set_ylim(0, 1)

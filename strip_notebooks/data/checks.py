@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import class_colors, short_name
+from ..core import class_colors, figure_name
 from .cohort import centers_look_like_patients, sorted_centers
 from .measure import measure_images
 from ..findings import Finding, Findings, NoEstimate, Verdict
@@ -275,7 +275,7 @@ def _center_bars(ax, cohort, colors):
     counts = pd.crosstab(patients.center_id, patients.label)
     order = sorted_centers(counts.index)
     rotation = 0 if sum(map(len, order)) < 40 else 60
-    bars = counts.loc[order].rename(index=short_name)
+    bars = counts.loc[order].rename(index=figure_name)
     bars.plot.bar(stacked=True, ax=ax, color=colors, width=.8, legend=False, rot=rotation)
     ax.set(xlabel='center', ylabel='patients')
     if centers_look_like_patients(cohort): ax.set(xlabel='center, names not shown', xticklabels=[])
@@ -322,5 +322,5 @@ def validation_figure(
     for ax in axes.flat: ax.spines[['top', 'right']].set_visible(False)
     for ax in axes.flat[len(panels):]: ax.remove()
     handles = [plt.Rectangle((0, 0), 1, 1, color=colors[c]) for c in sorted(colors)]
-    fig.legend(handles, sorted(colors), loc='outside upper left', ncols=len(handles), frameon=False)
+    fig.legend(handles, [figure_name(c) for c in sorted(colors)], loc='outside upper left', ncols=len(handles), frameon=False)
     return fig

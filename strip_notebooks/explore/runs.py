@@ -8,6 +8,7 @@ __all__ = ['openable', 'run_table', 'run_links', 'run_about', 'comparison', 'Run
 # %% ../../nbs/958_explore.runs.ipynb #0c9257d2
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 import ipywidgets as widgets
 import pandas as pd
@@ -59,7 +60,7 @@ def run_links(
     where = Path(os.path.relpath(run.path.resolve(), Path(here or '.').resolve())).as_posix()
     files = [p for p in run.path.glob('[!.]*') if p.suffix in openable]
     files = sorted(files, key=lambda p: (openable.index(p.suffix), p.name))
-    return 'Open: ' + ' · '.join(f'[{p.stem}]({where}/{p.name})' for p in files)
+    return 'Open: ' + ' · '.join(f'[{p.stem}]({quote(where)}/{quote(p.name)})' for p in files)
 
 # %% ../../nbs/958_explore.runs.ipynb #e7f334d8
 def run_about(

@@ -170,11 +170,18 @@ class Result:
     pictures:Images|None    # The images, or None if they are not known
 
 # %% ../../nbs/940_explore.sources.ipynb #aa5f6632
+def _given_table(run):
+    "The path of the table that a run of evaluate_table was given, and the names of its columns"
+    given = run.parameters
+    try: return Path(given['table']), dict(pair.split('=', 1) for pair in given.get('columns', []))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise StripError(f'{run.name}/parameters.json names no table; make the run again.') from None
+
 def _evaluated_predictions(run):
     "The predictions that an evaluation evaluated, and what the model is"
     if run.step == 'evaluate_table':
-        columns = dict(pair.split('=', 1) for pair in run.parameters.get('columns', []))
-        return import_predictions(run.parameters['table'], columns), Path(run.parameters['table']).stem
+        table, columns = _given_table(run)
+        return import_predictions(table, columns), table.stem
     model = run.links.get('derive') or run.origin('train')
     words = run.origin('train').parameters.get('arch', 'model')
     return model.predictions.query("split == 'test'").reset_index(drop=True), words

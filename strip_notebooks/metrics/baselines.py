@@ -128,7 +128,7 @@ def baseline_table(
     baselines:dict,         # From `baseline_predictions`
     n_resamples:int=2000,   # Resamples of patients
     seed:int=0,             # Which resamples
-    positive:str|None=None, # The positive class; None takes the last in sorted order
+    positive:str|None=None, # The positive class; None takes LAA, or else the last by alphabet
 )->pd.DataFrame:            # name, metric, value, low, high, note; difference, difference_low, difference_high, verdict
     "The model and each baseline on the same test patients, with the paired differences, model minus baseline"
     settings = dict(n_resamples=n_resamples, seed=seed, positive=positive)
