@@ -157,7 +157,7 @@ def pretraining_figure(
     fig,ax = plt.subplots(figsize=(4, 2.4), layout='constrained')
     ax.plot(history['epoch'], history.error, '.-', color='#0072B2')
     ax.axhline(constant, color='k', ls=':', lw=1)
-    ax.text(.98, constant, 'always the mean', ha='right', va='bottom', fontsize=8, transform=ax.get_yaxis_transform())
+    ax.text(1.02, constant, 'always\nthe mean', va='center', fontsize=8, transform=ax.get_yaxis_transform())
     top = 1.15*max(constant, history.error.max())
     ax.set(xlabel='epoch', ylabel='mean error of a share,\npercentage points', ylim=(0, top))
     ax.xaxis.get_major_locator().set_params(integer=True)
