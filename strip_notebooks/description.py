@@ -61,7 +61,7 @@ def _levels(values, most=8):
     names = {word: word if word in shown else other for word in counts.index}
     return values.map(names), [*shown, *[other]*(rest > 0)]
 
-# %% ../nbs/230_description.ipynb #7e9f9a7b
+# %% ../nbs/230_description.ipynb #a5c4ea18
 def _group_rows(values, groups, row):
     "`row` for each group of patients, completed by value, low and high from `values`"
     for (split, label), ids in groups.items():
@@ -146,14 +146,15 @@ negligible = .1     # Largest absolute standardized mean difference that is call
 def mean_difference(
     a,          # Values of one group
     b,          # Values of the other
-)->Estimate:    # In standard deviations; NaN if the values do not vary, or a group has fewer than two
-    "The mean of `b` minus that of `a` over their pooled standard deviation, with its 95 % interval"
+)->Estimate:    # In standard deviations; infinite if only the means differ; NaN if nothing varies, or a group has fewer than two
+    "The mean of `b` minus that of `a` over the root of their mean variance, with its 95 % interval"
     a, b = (np.asarray(v, float) for v in (a, b))
     if min(len(a), len(b)) < 2: return Estimate(np.nan, np.nan, np.nan)
-    spread = ((a.var(ddof=1) + b.var(ddof=1))/2)**.5
-    if not spread: return Estimate(np.nan, np.nan, np.nan)
-    value = (b.mean() - a.mean())/spread
-    error = ((len(a) + len(b))/(len(a)*len(b)) + value**2/(2*(len(a) + len(b))))**.5
+    gap, variances = b.mean() - a.mean(), np.array([a.var(ddof=1), b.var(ddof=1)])
+    spread = variances.mean()**.5
+    if not spread: return Estimate(*[np.sign(gap)*np.inf if gap else np.nan]*3)
+    value, shares, degrees = gap/spread, variances/spread**2, np.array([len(a) - 1, len(b) - 1])
+    error = (value**2/8*(shares**2/degrees).sum() + (shares/degrees).sum())**.5
     return Estimate(float(value), float(value - normal_quantile*error), float(value + normal_quantile*error))
 
 # %% ../nbs/230_description.ipynb #217fb279
@@ -186,7 +187,7 @@ def drifted(
     beyond = (test.low > negligible) | (test.high < -negligible)
     return test.property[beyond].tolist()
 
-# %% ../nbs/230_description.ipynb #b8649b05
+# %% ../nbs/230_description.ipynb #681035ce
 def drift_sentence(
     table:pd.DataFrame, # From `drift_table`
 )->str:
@@ -207,6 +208,9 @@ def drift_figure(
     import matplotlib.pyplot as plt
     if not len(table): return None
     names = list(dict.fromkeys(table.property))[::-1]
+    apart = set(table.property[np.isinf(table.value)])
+    labels = [f'{name} (no overlap)' if name in apart else name for name in names]
+    table = table[np.isfinite(table.value)]
     fig, ax = plt.subplots(figsize=(5.4, .8 + .34*len(names)), layout='constrained')
     ax.axvspan(-negligible, negligible, color='.92', lw=0, label='negligible')
     ax.axvline(0, color='.5', lw=1, ls=':')
@@ -216,8 +220,9 @@ def drift_figure(
         y = [names.index(p) + shift for p in rows.property]
         around = [rows.value - rows.low, rows.high - rows.value]
         ax.errorbar(rows.value, y, xerr=around, fmt=marker, color=split_colors[split], ms=5, capsize=2, label=label)
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(-.6, len(names) - .4))
+    ax.set(yticks=range(len(names)), yticklabels=labels, ylim=(-.6, len(names) - .4))
     ax.set_xlabel('difference from the training set, standard deviations (95 % CI)')
+    ax.locator_params(axis='x', nbins=7)
     ax.spines[['top', 'right']].set_visible(False)
     fig.legend(frameon=False, fontsize=8, loc='outside upper right', ncols=3)
     return fig

@@ -8,7 +8,7 @@ __all__ = ['PredictionsError', 'classes_of', 'chosen_positive', 'positive_class'
            'aggregate_patients', 'class_arrays', 'patient_arrays']
 
 # %% ../nbs/020_predictions.ipynb #6e21c9c2
-import csv
+import csv, warnings
 from io import StringIO
 from pathlib import Path
 
@@ -155,24 +155,43 @@ def save_predictions(
     write_csv(path, check_predictions(predictions))
 
 # %% ../nbs/020_predictions.ipynb #57dc1ead
-def _with_lines(table, text):
+def _with_lines(table, text, separator=','):
     "`table` with an index 'line': the line of the CSV that each row ends in"
-    records = csv.reader(StringIO(text))
+    records = csv.reader(StringIO(text), delimiter=separator)
     lines = [records.line_num for cells in records if len(cells) > 1 or ''.join(cells).strip()][1:]
     if len(lines) != len(table): lines = range(2, len(table) + 2)   # quotes that pandas and csv read differently
     return table.set_axis(pd.Index(lines, name='line'))
 
 # %% ../nbs/020_predictions.ipynb #352a5c1a
-def _read_text_table(path):
-    "A CSV with every cell as text; a `PredictionsError` if it is none"
+def _text_of(path):
+    "The text of a file; a `PredictionsError` if it is none"
     if not Path(path).is_file(): raise PredictionsError('it does not exist or is not a file.')
-    try: text = Path(path).read_text(encoding='utf-8')
+    try: text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as e:
-        raise PredictionsError(f'it cannot be read as text ({type(e).__name__}).') from None
+        raise PredictionsError(f'it cannot be read as text ({type(e).__name__}); save it as CSV in UTF-8.') from None
     if '\0' in text: raise PredictionsError('it is not a CSV: it holds a NUL byte.')
-    try: return _with_lines(pd.read_csv(StringIO(text), dtype=str, keep_default_na=False), text)
-    except ValueError as e:
-        raise PredictionsError(f'it is not a CSV with one header line ({type(e).__name__}).') from None
+    return text
+
+def _check_header(text, separator):
+    "A `PredictionsError` if two columns have one name: pandas would rename the second"
+    header = next((cells for cells in csv.reader(StringIO(text), delimiter=separator) if cells), [])
+    names = [name for c in header if (name := c.strip())]
+    if len(set(names)) < len(names):
+        raise PredictionsError('two of its columns have the same name; give each column a name of its own.')
+
+def _read_text_table(path):
+    "A CSV (comma, semicolon or tab) with every cell as text; a `PredictionsError` if it is none"
+    text = _text_of(path)
+    separator = max(',;\t', key=text.lstrip().split('\n', 1)[0].count)
+    try:
+        _check_header(text, separator)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', pd.errors.ParserWarning)     # a line with more cells than the header
+            table = pd.read_csv(StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
+        return _with_lines(table.rename(columns=str.strip), text, separator)
+    except (ValueError, csv.Error, pd.errors.ParserWarning) as e:
+        raise PredictionsError(f'it is not a CSV with one header line and as many cells in each line '
+                               f'({type(e).__name__}).') from None
 
 def _numbers(column, name):
     "A text column as numbers, exact to the last bit; an empty cell is NaN"
@@ -182,7 +201,7 @@ def _numbers(column, name):
     values = [number(t) for t in column]
     if None in values:
         raise PredictionsError(f'the column {name} holds text in {place_of(column, values.index(None))}; '
-                               'it must hold numbers.')
+                               'it must hold numbers, with a decimal point.')
     return np.array(values, float)
 
 # %% ../nbs/020_predictions.ipynb #85f52439
@@ -210,6 +229,11 @@ def _class_columns(table):
 def _complete(p, labels):
     "Probabilities of all classes, each row summing to 1; `p` has a column for each class that is there"
     missing = [c for c in labels if c not in p]
+    if len(labels) == 1 and list(p) == labels:
+        raise PredictionsError(f'every label is {labels[0]}, which is also the only class with a probability column; '
+                               'add a column p_CLASS of the other class.')
+    if missing and len(labels) > 8:         # more than we have colors for; they could be names
+        raise PredictionsError(f'the column label has {len(labels)} different values; is it another column?')
     if len(p.columns) == 1 and len(missing) == 1: p = p.assign(**{missing[0]: 1 - p.iloc[:, 0]})
     elif missing or len(p.columns) < 2:
         raise PredictionsError(f'the labels are {listing(labels)}, and the classes with a probability column are '
@@ -225,6 +249,23 @@ def _complete(p, labels):
     return p.div(total, axis=0)
 
 # %% ../nbs/020_predictions.ipynb #2647e42b
+def _check_columns(table):
+    "A `PredictionsError` unless there are patients and labels; the cells of a missing header are not repeated"
+    for c in ('patient_id', 'label'):
+        if c in table: continue
+        if any(t.replace('.', '', 1).isdecimal() for t in table):
+            raise PredictionsError(f'there is no column {c}, and the first line holds numbers; '
+                                   'it must hold the names of the columns.')
+        raise PredictionsError(f'there is no column {c}; the columns are {listing(table.columns)}. '
+                               f'If it has another name, add --columns {c}=NAME.')
+
+def _test_rows(table):
+    "The rows of the split `test`, or all where no split is named; never others in their place"
+    if 'split' not in table or blank_cells(table.split).all(): return table.drop(columns='split', errors='ignore')
+    if (table.split == 'test').any(): return table[table.split == 'test']
+    raise PredictionsError("no row has 'test' in the column split; "
+                           "write 'test' into the rows that count, or remove the column.")
+
 def import_predictions(
     path,                       # CSV file: patient_id, label, and a probability column for each class or one of two
     columns:dict|None=None,     # Our name of a column -> its name in the file
@@ -232,10 +273,7 @@ def import_predictions(
     "Someone else's predictions; a `PredictionsError` that names the file, the line or the column if they are not valid"
     try:
         table = _read_text_table(path).rename(columns={theirs: ours for ours,theirs in (columns or {}).items()})
-        for c in ('patient_id', 'label'):
-            if c not in table:
-                raise PredictionsError(f'there is no column {c}; the columns are {listing(table.columns)}. '
-                                       f'If it has another name, add --columns {c}=NAME.')
+        _check_columns(table)
         found = _class_columns(table)
         p = pd.DataFrame({name: _numbers(table[c], c) for name,c in found.items()}, index=table.index)
         labels = sorted(set(table.label.str.strip()) - {''})
@@ -243,9 +281,9 @@ def import_predictions(
         p = _complete(p, labels)
         kept = table[[c for c in ('image_id', 'patient_id', 'label', 'center_id', 'split') if c in table]]
         if 'image_id' not in kept: kept = kept.assign(image_id=[f'row {i + 1}' for i in range(len(kept))])
-        kept = kept.assign(label=kept.label.str.strip(), **{f'p_{c}': p[c] for c in sorted(p)})
-        if 'split' in kept and (kept.split == 'test').any(): kept = kept[kept.split == 'test']
-        return check_predictions(kept, labeled=True).reset_index(drop=True)
+        trimmed = {c: kept[c].str.strip() for c in ('patient_id', 'label')}
+        kept = kept.assign(**trimmed, **{f'p_{c}': p[c] for c in sorted(p)})
+        return check_predictions(_test_rows(kept), labeled=True).reset_index(drop=True)
     except PredictionsError as e: raise PredictionsError(f'{path} cannot be read as predictions: {e}') from None
 
 # %% ../nbs/020_predictions.ipynb #84feb2ee
