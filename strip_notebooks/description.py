@@ -146,7 +146,7 @@ negligible = .1     # Largest absolute standardized mean difference that is call
 def mean_difference(
     a,          # Values of one group
     b,          # Values of the other
-)->Estimate:    # In standard deviations; infinite if only the means differ; NaN if nothing varies, or a group has fewer than two
+)->Estimate:    # Standard deviations; infinite if only the means differ; NaN if nothing varies, or with one value
     "The mean of `b` minus that of `a` over the root of their mean variance, with its 95 % interval"
     a, b = (np.asarray(v, float) for v in (a, b))
     if min(len(a), len(b)) < 2: return Estimate(np.nan, np.nan, np.nan)
@@ -210,12 +210,11 @@ def drift_figure(
     names = list(dict.fromkeys(table.property))[::-1]
     apart = set(table.property[np.isinf(table.value)])
     labels = [f'{name} (no overlap)' if name in apart else name for name in names]
-    table = table[np.isfinite(table.value)]
     fig, ax = plt.subplots(figsize=(5.4, .8 + .34*len(names)), layout='constrained')
     ax.axvspan(-negligible, negligible, color='.92', lw=0, label='negligible')
     ax.axvline(0, color='.5', lw=1, ls=':')
     for split, label, shift, marker in (('val', 'validation set', .14, 'o'), ('test', 'test set', -.14, 'D')):
-        rows = table[table.split == split]
+        rows = table[(table.split == split) & np.isfinite(table.value)]
         if not len(rows): continue
         y = [names.index(p) + shift for p in rows.property]
         around = [rows.value - rows.low, rows.high - rows.value]
