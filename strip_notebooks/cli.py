@@ -227,7 +227,7 @@ def _check_demo(steps):
 
 # %% ../nbs/990_cli.ipynb #785dea50
 def _reservations(warnings):
-    "What a result must be read with, as lines: the findings, the gravest first"
+    "What a result must be read with, as lines: the findings, the most serious first"
     if not warnings: return ['Checks and audit have no warning.']
     lines = [f'Read the result together with {plural(len(warnings), "warning")} of checks and audit:']
     for f in sorted(warnings, key=lambda f: -f.verdict.rank):
@@ -394,7 +394,7 @@ def _add_predict(command):
     command.add_argument('paths', nargs='*', metavar='PATH',
                          help='image files, folders of them, or a CSV; no labels are needed')
     command.add_argument('--about', action='store_true', help='print the model card instead')
-    _option(command, 'out', 'TABLE.CSV', 'write the answers as CSV; TABLE-patients.csv is written beside it')
+    _option(command, 'out', 'TABLE.CSV', 'write the predictions as CSV; TABLE-patients.csv is written beside it')
     _option(command, 'patient', 'RULE', 'what a patient is in a folder: auto (a subfolder, or a file in no subfolder), '
             'folder or file; default auto', default='auto')
     _option(command, 'columns', 'OURS=THEIRS,...', 'for a CSV with other column names, such as patient_id=subject')
@@ -432,7 +432,7 @@ def parser()->argparse.ArgumentParser:
     _add_demo(command('demo', demo_command, _demo_help, epilog=more))
     _add_run(command('run', run_command, 'run one experiment notebook into a new run', add_help=False))
     _add_runs(command('runs', runs_command, 'list all runs, or compare training runs on their test patients'))
-    _add_predict(command('predict', predict_command, 'predict images without labels with a trained model'))
+    _add_predict(command('predict', predict_command, 'predict new images with a trained model; no labels needed'))
     _add_evaluate(command('evaluate', evaluate_command, "evaluate someone else's predictions: tables, figures, report"))
     return main
 

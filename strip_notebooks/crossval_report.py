@@ -87,7 +87,7 @@ def beside_baselines(
     config:TrainConfig,     # Its seed decides the validation patients
     settings:dict,          # positive, n_resamples, seed
 )->pd.DataFrame:            # As from `crossval_baseline_table`
-    "The model beside the baselines on the same folds"
+    "The model beside the baselines on the same folds, with paired differences"
     cohort = cohort.drop(columns='split', errors='ignore')
     baselines = crossval_baselines(cohort, fold_splits(cohort, folds, config), cache)
     return crossval_baseline_table(patients, tables['scores'].set_index('metric'), baselines, **settings)
@@ -100,12 +100,12 @@ _schemes = dict(
     leave_one_center_out='Each center, {folds:d} in all, was left out once: its patients were tested by a model that '
                          'had not seen any patient of the center.',
     nested='Nested {folds}-fold cross-validation: the settings of each model were chosen by a cross-validation of the '
-           'other patients, so nobody who was tested had a say in them.')
+           'other patients, without the patients that the model was tested on.')
 
 def scheme_sentence(
     record:CrossValidated,  # Of a run of crossval
 )->str:
-    "Who was tested by which model"
+    "Which patients were tested by which model"
     said = _schemes[record.scheme].format(folds=record.folds, assignments=record.assignments)
     seeds = f' Each model was trained with {plural(record.seeds, "seed")}.' if record.seeds > 1 else ''
     return f'{said}{seeds} {plural(record.models, "model")} in all.'
@@ -113,7 +113,7 @@ def scheme_sentence(
 # %% ../nbs/955_crossval_report.ipynb #04d21905
 def spread_sentences(
     spread:pd.DataFrame,    # From `spread_table`
-)->list[str]:
+)->list[str]:               # One sentence each for folds, seeds and assignments, where there are several
     "How much the AUC differs between folds, seeds and assignments"
     said = []
     for r in spread.dropna(subset='sd').itertuples():
@@ -126,7 +126,7 @@ def spread_sentences(
 
 def untested_sentence(
     by_fold:pd.DataFrame,   # From `crossval_tables`
-)->list[str]:               # None, or one sentence
+)->list[str]:               # Empty, or one sentence
     "The folds without an AUC"
     rows = by_fold[(by_fold.metric == 'roc_auc') & by_fold.value.isna()]
     if not len(rows): return []
@@ -136,7 +136,7 @@ def untested_sentence(
 def crossval_sentences(
     record:CrossValidated,  # Of a run of crossval
     tables:dict,            # spread, folds and, where they are known, baselines
-    best_auc:float|None=None,   # The best patient AUC that a synthetic cohort allows, if known
+    best_auc:float|None=None,   # Upper bound of the generator of a synthetic cohort, a patient AUC; None if unknown
 )->list[str]:               # The first one is the result
     "What a cross-validation found, in sentences"
     counts = listing(f'{plural(n, "patient")} of {c}' for c, n in record.patients.items())
@@ -153,12 +153,12 @@ def crossval_sentences(
 _method = (
     'A patient is classified as {positive} by the threshold of the model that tested the patient '
     '({rule}, on the validation patients of that model); the predicted probability is over {how} of the images.',
-    'The AUC compares patients that the same model has tested. Its interval takes into account that patients teach '
+    'The AUC compares patients that the same model has tested. Its interval takes into account that patients train '
     "each other's models, and is conservative where the signal is strong. The pooled AUC compares patients across "
     'models. All other intervals take the models as given.')
 
 def _score_rows(scores, record):
-    "The metrics as a reader wants them"
+    "The metrics with their titles, intervals and notes, as a table"
     titles = metric_titles(record)
     titles = {'roc_auc': 'ROC AUC (within folds)', 'roc_auc_pooled': 'ROC AUC (pooled)',
               **{k: v for k, v in titles.items() if k != 'roc_auc'}}

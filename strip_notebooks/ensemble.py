@@ -23,7 +23,7 @@ def _pixels(spec):
     return {k: v for k, v in spec['preprocessing'].items() if k not in ('normalize', 'shift', 'scale')}
 
 def _check_members(specs, shared=_shared):
-    "A `BundleError` unless there are members and they can predict as one"
+    "A `BundleError` if there are no members, or two that differ in a field of `shared` or in the preprocessing"
     if not specs: raise BundleError('An ensemble needs at least one member.')
     for k, spec in enumerate(specs[1:], 2):
         wrong = [name for name in shared if spec[name] != specs[0][name]]
@@ -42,18 +42,18 @@ def _title(specs):
     return 'ensemble of ' + ' + '.join(f'{n} x {arch}' for arch, n in Counter(s['arch'] for s in specs).items())
 
 def _member_files(number, body, files):
-    "The files of a member, under names of its own"
+    "The files of a member, their names beginning with its number"
     about = {k: body[k] for k in ('kind', 'runtime', 'spec', 'sha256')}
     text = json.dumps(about, sort_keys=True, ensure_ascii=False)
     kept = {f'member{number:03}.{n}': data for n, data in files.items() if n not in card_names}
     return {f'member{number:03}.json': text.encode(), **kept}
 
-# %% ../nbs/315_ensemble.ipynb #a7c6a852
+# %% ../nbs/315_ensemble.ipynb #17f4cf87
 def ensemble_parts(
-    folders,        # Bundles of image classifiers, their folders
+    folders,        # Folders of bundles of image classifiers
     trained_on=None,# Summary of the training, as JSON can hold it
 )->tuple:           # spec, files: what `save_bundle` takes, with runtime='ensemble'
-    "The specification and the files of several models as one"
+    "The specification and the files of several models as one; a `BundleError` if they do not fit together"
     contents = [bundle_contents(f) for f in folders]
     specs = [body['spec'] for body, _ in contents]
     _check_members(specs)
@@ -101,7 +101,7 @@ class EnsembleRuntime:
     def logits(self,
         batch,  # From `batch`
     )->np.ndarray: # (N, C), float32
-        "The logarithm of the mean probability"
+        "The natural logarithm of the mean probability"
         p = [class_probabilities(m.engine.logits(x), m.temperature) for m, x in zip(self.members, batch)]
         return np.log(np.maximum(np.mean(p, 0), 1e-300)).astype(np.float32)
 

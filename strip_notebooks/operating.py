@@ -65,7 +65,7 @@ def choose_threshold(
     rule:str='youden',          # 'youden' or 'sensitivity'
     target:float=.9,            # For 'sensitivity': the sensitivity to reach
     how:str='mean',             # How the images of a patient are aggregated: mean, vote or max
-    positive:str|None=None,     # The positive class; None takes the last in sorted order
+    positive:str|None=None,     # The positive class; None takes LAA, or else the last by alphabet
 )->float:                       # Classified as positive at or above this probability, 0 to 1
     "The threshold that a rule chooses on patients; a `StripError` if there are test patients among them"
     if 'split' in predictions and 'test' in set(predictions.split):

@@ -25,7 +25,7 @@ def page_html(
     template:str='report.j2',   # A template of the package
     **values,   # What the template shows: text, lists and dicts
 )->str:         # HTML
-    "The template filled in, with all values escaped"
+    "The template filled in, with all values escaped; an error for a value that is missing"
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_asset(template))
@@ -44,7 +44,7 @@ def p_text(
     p:float,                # 0 to 1
     permutations:int=0,     # Of a permutation test; its smallest p is 1/(permutations + 1)
 )->str:                     # Such as 'p = 0.01'
-    "A p-value as papers print it; below the resolution of its test, or 0.001, as smaller than that"
+    "A p-value as papers print it: 'p < ...' below 0.001, and for the smallest p that the test can reach"
     if p < .001: return 'p < 0.001'
     if permutations and p <= 1/(permutations + 1):
         digit = 10.**math.floor(math.log10(p))
@@ -62,7 +62,7 @@ def shown_table(
     caption:str='',     # What it shows
     keep=(),            # Columns of text whose cells are not broken into lines
 )->dict:                # caption, head and rows, each cell with its CSS class
-    "A table for the template: numbers to the right, empty cells where there is nothing"
+    "A table for the template: numbers to the right, empty cells for missing values"
     def kind(c): return 'number' if pd.api.types.is_numeric_dtype(table[c]) else 'nowrap' if c in keep else 'text'
     kinds = {c: kind(c) for c in table}
     rows = [[(_cell(v, k), k) for v, k in zip(row, kinds.values())] for row in table.itertuples(index=False)]
@@ -80,8 +80,8 @@ def shown_figure(
 # %% ../nbs/932_page.ipynb #e4e07845
 def optional_table(
     run:Run,    # A run
-    name:str,   # Such as 'baselines', which need images, or 'centers', which must be known
-    text=(),    # Columns that are text
+    name:str,   # Of a table that a run may lack, such as 'baselines' or 'centers'
+    text=(),    # Columns that are read as text
 ):              # The table, or None
     "A table of a run, if it has one"
     try: return run.table(name, text=text)

@@ -58,7 +58,7 @@ def label_numbers(
 # %% ../nbs/934_sections.ipynb #9ffc3a54
 def question(
     evaluated:Evaluated,    # The record of an evaluation
-    images:bool,            # Whether the predictions come from images that we know
+    images:bool,            # Whether the predictions come from images; else from a table
 )->str:
     "What the evaluation asks"
     others = listing(c for c in evaluated.classes if c != evaluated.positive).replace(' and ', ' or ')
@@ -68,7 +68,7 @@ def question(
 def image_source(
     prepared:Run,   # A run of prepare
 )->str:
-    "What the images are, as a reader would say it; the folder of a user's own is not named"
+    "Where the images come from; the folder of a user's own images is not named"
     return 'own images' if prepared.parameters.get('data') else prepared.record(Prepared).source
 
 def population(
@@ -92,8 +92,8 @@ def label_section(
     evaluated:Run,          # The run with the results
     warnings:list,          # From the worst to the least: sentence, code and section of each
     prepared:Run|None=None, # The run of prepare, if there is one
-)->dict:
-    "The label on top of the page"
+)->dict:                    # rows, warnings (up to 3), lead, rest and numbers for the template
+    "The label at the top of the page"
     m = evaluated.record(Evaluated)
     rows = [('Question', question(m, prepared is not None)), ('Made by', stated(run, 'author')),
             ('Intended use', use_words), ('Not for', not_for), ('Population', population(m, prepared))]
@@ -156,7 +156,7 @@ def flow_section(
 # %% ../nbs/934_sections.ipynb #6104256f
 def patients_section(
     prepared:Run,   # A run of prepare
-)->dict:            # Each None where the run has no such table or figure
+)->dict:            # flow, description, drift, two figures; each None or False if the run has none
     "The flow of patients, Table 1, drift between the sets, and near-duplicates"
     text = ['level', 'split', 'label', 'reason', 'stage']
     flow, description, drift = (optional_table(prepared, n, text) for n in ('flow', 'description', 'drift'))

@@ -128,6 +128,8 @@ def use_threshold(page):
     slider = page.locator('.strip-slider [role=slider]')
     slider.focus()
     for _ in range(40): slider.press('ArrowRight')
+    reached = page.locator('.strip-slider .widget-readout').inner_text()
+    expect(said).to_contain_text(f'p ≥ {reached}')      # the browser sends on what was held back meanwhile
     expect(said).not_to_have_text(before[0])
     expect(matrix).not_to_have_text(before[1], use_inner_text=True)
     expect(values).not_to_have_text(before[2], use_inner_text=True)

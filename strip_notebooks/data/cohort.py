@@ -454,7 +454,7 @@ def _lost(folder, others, files):
         yield f'{plural(len(patients), "patient")} ({each}) with no image that is read here: not in the cohort.'
 
 def _ignored(folder, found, files):
-    "Sentences about files that are not read, the gravest first: classes and patients that are lost, then endings"
+    "Sentences about files that are not read, the most serious first: classes and patients that are lost, then endings"
     beside = {f.with_suffix('') for f in files if f.suffix.lower() == '.mrxs'}      # where an MRXS has its pixels
     others = [f for f in found if f not in set(files) and not beside & set(f.parents)]
     strange = [f for f in others if f.suffix.lower() not in _no_images]

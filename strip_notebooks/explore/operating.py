@@ -28,8 +28,10 @@ def confusion_html(
     def cell(n, total):
         share = n/total if total else 0
         return f'<td style="{style}; background:rgba(86,180,233,{.7*share:.2f})">{int(n)}<br>{share:.0%}</td>'
-    head = f'<tr><th></th><th>predicted {escape(negative)}</th><th>predicted {escape(positive)}</th></tr>'
-    body = ''.join(f'<tr><th style="padding:0 8px">true {escape(name)}</th>{cell(a, a + b)}{cell(b, a + b)}</tr>'
+    name_style = 'padding:0 8px'
+    columns = ''.join(f'<th style="{name_style}">predicted {escape(name)}</th>' for name in (negative, positive))
+    head = f'<tr><th></th>{columns}</tr>'
+    body = ''.join(f'<tr><th style="{name_style}">true {escape(name)}</th>{cell(a, a + b)}{cell(b, a + b)}</tr>'
                    for name,a,b in rows)
     return f'<table style="border-collapse:collapse; line-height:1.4">{head}{body}</table>'
 

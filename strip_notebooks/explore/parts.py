@@ -22,6 +22,7 @@ def paragraph(
     "A paragraph that is as wide as the page and no wider"
     return f'<p style="margin:4px 0; line-height:1.4; max-width:760px; overflow-wrap:anywhere">{escape(text)}</p>'
 
+# %% ../../nbs/942_explore.parts.ipynb #09e120f9
 def table_html(
     table:pd.DataFrame, # A table; its index is shown if it has a name
 )->str:                 # HTML
@@ -41,6 +42,7 @@ def menu_options(
     counts = pd.Series(list(values), dtype=object).astype(str).value_counts()
     return [(f'{every} ({counts.sum()})', None), *((f'{v} ({counts[v]})', v) for v in sorted_centers(counts.index))]
 
+# %% ../../nbs/942_explore.parts.ipynb #c2307884
 def menu(
     label:str,      # What is chosen
     options=(),     # (text, value) pairs
@@ -52,6 +54,7 @@ def menu(
     if name: made.add_class(name)
     return made
 
+# %% ../../nbs/942_explore.parts.ipynb #17baa4cc
 def set_options(
     control:widgets.Dropdown,   # A menu
     options,                    # (text, value) pairs
@@ -72,6 +75,7 @@ def figure_png(
     plt.close(fig)
     return buffer.getvalue()
 
+# %% ../../nbs/942_explore.parts.ipynb #0698d1b4
 def kept_picture(
     fig,            # Matplotlib figure
     alt:str,        # What it shows, in words
@@ -82,10 +86,11 @@ def kept_picture(
     picture.save(buffer, 'PNG', optimize=True)
     return Image(buffer.getvalue(), alt=alt)
 
+# %% ../../nbs/942_explore.parts.ipynb #fcffbff1
 def said(
     *sentences,     # Texts; an empty one is left out
 )->Markdown:        # To be displayed
-    "Sentences as paragraphs of a notebook: an output of its own, and no red box"
+    "Sentences as paragraphs of a notebook"
     return Markdown('\n\n'.join(escape(s, quote=False) for s in sentences if s))
 
 # %% ../../nbs/942_explore.parts.ipynb #67106c4d

@@ -40,6 +40,7 @@ def first_images(
     first = result.pictures.cohort.drop_duplicates('patient_id')[['patient_id', 'image_id']]
     return outcomes.merge(first, on='patient_id')
 
+# %% ../../nbs/948_explore.patients.ipynb #d2812541
 def outcome_captions(
     result:Result,              # A result
     outcomes:pd.DataFrame,      # Patients, from `patient_outcomes`

@@ -26,8 +26,8 @@ from ..statistics import Estimate
 def baseline_features(
     images:pd.DataFrame,    # One row per image, with labels and splits: a cohort, or predictions
     cache,                  # The pixels of its images, and their `measures`
-)->pd.DataFrame:            # Per patient: patient_id, label, center_id, split; image size (log2 px), tissue color
-    "What the baselines know of each patient"
+)->pd.DataFrame:            # Per patient: patient_id, label, center_id, split; size (log2 px), tissue color (0 to 255)
+    "What the baselines know of each patient; a `StripError` without a column `split`"
     if 'split' not in images: raise StripError('There is no column split, so no training patients are known.')
     if 'center_id' not in images: images = images.assign(center_id='unknown')
     split = images.groupby(images.patient_id.astype(str)).split.first().rename('split')
@@ -42,7 +42,7 @@ def group_shares(
     labels,             # (N,) their classes
     asked,              # (T,) groups to predict for
 )->np.ndarray:          # (T, C) probability of each class, in sorted order
-    "The share of each class in a group, drawn to the class prior where the group is small or unknown"
+    "The share of each class in a group, shrunk toward the class prior where the group is small or unknown"
     counts = pd.crosstab(np.asarray(groups), np.asarray(labels))
     prior = counts.sum()/counts.to_numpy().sum()
     known = counts.reindex(asked, fill_value=0).to_numpy()
@@ -62,7 +62,7 @@ def size_groups(
 
 # %% ../../nbs/550_metrics.baselines.ipynb #3d0da9d9
 def color_shares(
-    train:pd.DataFrame,     # Training patients: label, red, green, blue
+    train:pd.DataFrame,     # Training patients: label, red, green, blue (0 to 255, or differences)
     asked:pd.DataFrame,     # Patients to predict for
 )->np.ndarray:              # (T, C) probability of each class, in sorted order
     "Logistic regression of the class on the mean color of the tissue"
@@ -77,7 +77,7 @@ def relative_colors(
     train:pd.DataFrame,     # Training patients: center_id, red, green, blue
     asked:pd.DataFrame,     # Patients of any center
 )->pd.DataFrame:            # `asked`, with red, green and blue as differences
-    "Colors minus the training mean of the center, or of all training patients where training lacks the center"
+    "Colors minus the training mean of the center, or of all training patients for a center without any"
     of_center = train.groupby('center_id')[color_columns].mean()
     means = of_center.reindex(asked.center_id).fillna(train[color_columns].mean())
     return asked.assign(**(asked[color_columns] - means.to_numpy()))
@@ -96,22 +96,22 @@ def _probabilities(train, test):
 def fitted_baselines(
     patients:pd.DataFrame,      # From `baseline_features`, with the sets to train on and to test on
 )->dict[str, pd.DataFrame]:     # Name of each baseline -> predictions per test patient
-    "Baselines fitted on the training patients, and their predictions for the test patients"
+    "Predictions of the baselines from features; a `StripError` if the training patients are of one class"
     train, test = (patients[patients.split == s].reset_index(drop=True) for s in ('train', 'test'))
     classes = sorted(train.label.unique())
     if len(classes) < 2: raise StripError('The training patients are of one class; a baseline needs two.')
     return {name: make_predictions(test, p, classes) for name, p in _probabilities(train, test).items()}
 
+# %% ../../nbs/550_metrics.baselines.ipynb #ebba6c23
 def baseline_predictions(
     images:pd.DataFrame,    # One row per image, with labels and splits: a cohort, or predictions
     cache,                  # The pixels of its images, and their `measures`
 )->dict[str, pd.DataFrame]: # Name of each baseline -> predictions per test patient
-    "Baselines fitted on the training patients, and their predictions for the test patients"
+    "Predictions of the baselines from the images' pixels, fitted on the training patients"
     return fitted_baselines(baseline_features(images, cache))
 
 # %% ../../nbs/550_metrics.baselines.ipynb #17a77606
 baseline_metrics = ['roc_auc', 'weighted_log_loss']
-
 
 def _own_scores(name, patients, settings):
     "The rows of one predictor: name, metric, value, low, high, note"
@@ -128,7 +128,7 @@ def baseline_table(
     baselines:dict,         # From `baseline_predictions`
     n_resamples:int=2000,   # Resamples of patients
     seed:int=0,             # Which resamples
-    positive:str|None=None, # The positive class; None takes the last in sorted order
+    positive:str|None=None, # The positive class; None takes LAA, or else the last by alphabet
 )->pd.DataFrame:            # name, metric, value, low, high, note; difference, difference_low, difference_high, verdict
     "The model and each baseline on the same test patients, with the paired differences, model minus baseline"
     settings = dict(n_resamples=n_resamples, seed=seed, positive=positive)
@@ -144,7 +144,7 @@ def baseline_table(
 
 # %% ../../nbs/550_metrics.baselines.ipynb #3f599ff0
 class Strongest(NamedTuple):
-    "The baseline that a result stands or falls with"
+    "The baseline that decides the verdict"
     name:str            # Of the baseline
     auc:Estimate        # Its AUC
     difference:Estimate # The paired difference, model minus baseline
@@ -187,6 +187,7 @@ def misleading_probabilities(
     prior = table[(table.metric == 'weighted_log_loss') & (table.name == 'class prior')]
     return bool((prior.difference_low > 0).any())
 
+# %% ../../nbs/550_metrics.baselines.ipynb #06b8515a
 def baseline_sentence(
     table:pd.DataFrame, # From `baseline_table`
 )->str:

@@ -19,7 +19,7 @@ def within_centers(
     patients:pd.DataFrame,      # Predictions per patient, with labels and center_id, of one split
     positive:str|None=None,     # The positive class; None takes LAA, or else the last in alphabetical order
 )->Estimate:                    # NaN if no center has both classes
-    "The AUC of pairs of patients from the same center, with its 95 % interval"
+    "The AUC of pairs of patients from the same center, with its 95 % interval; `StripError` without center_id"
     if 'center_id' not in patients:
         raise StripError('The predictions have no center_id, so nothing is known per center.')
     y, p = patient_arrays(patients, positive)
@@ -30,7 +30,7 @@ def within_centers(
 # %% ../../nbs/525_metrics.centers.ipynb #431edd3d
 def forest_rows(
     groups:pd.DataFrame,    # One row per group: name, patients, value, low, high
-    summaries:dict,         # Name -> `Estimate` of all groups; the first one is the pooled line
+    summaries:dict,         # Name -> `Estimate` of all groups; the first one gets a vertical line
 )->pd.DataFrame:            # name, patients (NaN for summaries), value, low, high
     "What a forest plot shows, from top to bottom"
     last = [dict(name=name, patients=np.nan, **estimate._asdict()) for name, estimate in summaries.items()]
@@ -54,7 +54,7 @@ def _forest_row(ax, at, row):
 def forest_figure(
     rows:pd.DataFrame,  # From `forest_rows`
 ):                      # Matplotlib figure
-    "The AUC of each group with its 95 % interval, below them that of all, and a line at the pooled one"
+    "The AUC of each group with its 95 % interval, below them the summaries, and a line at the first of these"
     import matplotlib.pyplot as plt
     y = np.arange(len(rows))[::-1] - .35*rows.patients.isna()
     fig, ax = plt.subplots(figsize=(5.4, .9 + .3*len(rows)), layout='constrained')

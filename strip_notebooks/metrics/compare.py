@@ -74,7 +74,7 @@ def compare(
     train_priors=(None, None),  # Share of positives in the training of each, for the shifted loss; None leaves that out
     n_resamples:int=2000,       # Resamples of patients, the same for both
     seed:int=0,                 # Which resamples
-    positive:str|None=None,     # The positive class; None takes the last in sorted order
+    positive:str|None=None,     # The positive class; None takes LAA, or else the last by alphabet
 )->pd.DataFrame:                # Index metric; first, second, difference, low, high (95 %), verdict, note
     "Two models on the same patients: paired differences with intervals; a `StripError` if the patients differ"
     for t in thresholds: check_threshold(t)
@@ -91,7 +91,7 @@ def compare_pairs(
     models:dict,                # Name -> predictions per patient, with labels; two or more
     n_resamples:int=2000,       # Resamples of patients
     seed:int=0,                 # Which resamples
-    positive:str|None=None,     # The positive class; None takes the last in sorted order
+    positive:str|None=None,     # The positive class; None takes LAA, or else the last by alphabet
 )->pd.DataFrame:                # first, second, difference of the AUC, low, high (95 %), p (DeLong), p_holm, verdict
     "The AUC of every pair of models; the verdict needs the corrected p-value below 0.05"
     from itertools import combinations

@@ -75,7 +75,7 @@ def _covers(estimates, truth):
     return {name: one(e, truth[name]) for name,e in estimates.items()}
 
 def _one_cohort(setting, resampling, truths, rng):
-    "What the intervals of one random cohort contain; of differences under the name `difference of ...`"
+    "Whether each interval of one random cohort contains the truth; differences are named `difference of ...`"
     n,prevalence,auc = setting
     y,z,p = random_cohort(n, prevalence, auc, rng)
     q = _second_model(y, z, prevalence, auc, rng)
@@ -88,7 +88,7 @@ def _one_cohort(setting, resampling, truths, rng):
 # %% ../../nbs/504_metrics.coverage.ipynb #6b93a1e1
 def simulate(
     task:tuple, # Patients, prevalence, AUC; cohorts, resamples, whether to draw within classes; seed
-)->pd.DataFrame:# n, prevalence, auc, metric, cohorts with an interval, and how many of these are covered
+)->pd.DataFrame:# metric, covered, cohorts (those with an interval), n, prevalence, auc
     "Coverage of all intervals in one setting"
     *setting,cohorts,resamples,stratified,seed = task
     rng = np.random.default_rng([seed, *(int(1000*v) for v in setting)])
@@ -126,10 +126,10 @@ trusted = ['roc_auc', 'sensitivity', 'specificity', 'accuracy', 'ppv', 'npv', 'b
 
 # %% ../../nbs/504_metrics.coverage.ipynb #154b8ca5
 def interval_note(
-    metric:str,     # Its name; of a difference, `difference of ...`
+    metric:str,     # Name of a metric, or `difference of ` and the name
     smaller:int,    # Patients of the smaller class
     auc:float,      # AUC of the model, 0 to 1
-)->str:             # A mark for the reader, or ''
+)->str:             # A mark for the reader, or '' (also for an unknown metric)
     "Whether the interval of a metric was found too narrow by simulation: below 92 % in the most similar setting"
     known = known_coverage()
     known = known[known.metric == metric].assign(smaller=lambda t: (t.n*t.prevalence).round())

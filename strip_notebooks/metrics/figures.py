@@ -49,7 +49,7 @@ def roc_figure(
     patients:pd.DataFrame,      # Predictions per patient, with labels
     n_resamples:int=2000,       # Resamples of the band
     seed:int=0,                 # Which resamples
-    positive:str|None=None,     # The positive class; None takes the last in sorted order
+    positive:str|None=None,     # The positive class; None takes LAA, or else the last by alphabet
     stratified:bool=False,      # Resample within classes, for a study with fixed class counts
 ):                              # Matplotlib figure
     "Sensitivity vs 1 - specificity, with a bootstrap band, the AUC and chance"
@@ -79,7 +79,7 @@ def pr_figure(
     patients:pd.DataFrame,      # Predictions per patient, with labels
     n_resamples:int=2000,       # Resamples of the band
     seed:int=0,                 # Which resamples
-    positive:str|None=None,     # The positive class; None takes the last in sorted order
+    positive:str|None=None,     # The positive class; None takes LAA, or else the last by alphabet
     stratified:bool=False,      # Resample within classes, for a study with fixed class counts
 ):                              # Matplotlib figure
     "Precision vs sensitivity, with a bootstrap band, the average precision and the prevalence"
@@ -103,7 +103,7 @@ def pr_figure(
 def reliability_figure(
     patients:pd.DataFrame,      # Predictions per patient, with labels
     bins:int=10,                # Bins of equal width
-    positive:str|None=None,     # The positive class; None takes the last in sorted order
+    positive:str|None=None,     # The positive class; None takes LAA, or else the last by alphabet
     seed:int=0,                 # Which resamples, for the band of the smooth curve
 ):                              # Matplotlib figure
     "Observed vs predicted shares with Wilson's intervals, the number of patients in each bin, and a smooth curve"
@@ -133,7 +133,7 @@ def _confusion(y, predicted):
 def confusion_figure(
     patients:pd.DataFrame,      # Predictions per patient, with labels
     threshold:float=.5,         # Classified as positive at or above this probability
-    positive:str|None=None,     # The positive class; None takes the last in sorted order
+    positive:str|None=None,     # The positive class; None takes LAA, or else the last by alphabet
 ):                              # Matplotlib figure
     "Patients by true and predicted class, with the share of each true class"
     check_threshold(threshold)
@@ -156,7 +156,7 @@ def score_figure(
     patients:pd.DataFrame,      # Predictions per patient, with labels
     threshold:float|None=None,  # A line at the operating point
     seed:int=0,                 # Random offsets of the points within their class
-    positive:str|None=None,     # The positive class; None takes the last in sorted order
+    positive:str|None=None,     # The positive class; None takes LAA, or else the last by alphabet
 ):                              # Matplotlib figure
     "The predicted probability of each patient by true class: one point per patient, the box for the middle half"
     import seaborn as sns
@@ -182,7 +182,7 @@ def decision_figure(
     patients:pd.DataFrame,      # Predictions per patient, with labels
     n_resamples:int=2000,       # Resamples of the band
     seed:int=0,                 # Which resamples
-    positive:str|None=None,     # The positive class; None takes the last in sorted order
+    positive:str|None=None,     # The positive class; None takes LAA, or else the last by alphabet
     stratified:bool=False,      # Resample within classes, for a study with fixed class counts
 ):                              # Matplotlib figure
     "Net benefit of acting on the model, on everyone and on no one (Vickers and Elkin 2006)"
@@ -220,7 +220,7 @@ def picture_figure(
     cache,                      # Preprocessed pixels, with `images` and `rows(image_ids)`
     each:int=7,                 # Images per row
     threshold:float=.5,         # Classified as positive at or above this probability
-    positive:str|None=None,     # The positive class; None takes the last in sorted order
+    positive:str|None=None,     # The positive class; None takes LAA, or else the last by alphabet
 ):                              # Matplotlib figure
     "The images farthest from the threshold, the worst errors first, for each true class, one per patient"
     import matplotlib.pyplot as plt

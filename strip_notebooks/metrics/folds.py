@@ -12,7 +12,7 @@ from ..statistics import Estimate, log_odds_interval, newcombe_auc_interval
 
 # %% ../../nbs/515_metrics.folds.ipynb #f88187d1
 def _wins(y, p):
-    "How many rows of the other class each row is on the right side of, ties counting half"
+    "How many rows of the other class each row is ranked correctly against, ties counting half"
     from scipy.stats import rankdata
     everyone, out = rankdata(p), np.zeros(len(y))
     for c in (0, 1):
@@ -46,7 +46,7 @@ def _influences(y, p, who, model):
     return float(value), label, (wins - value*pairs)/pairs[positive].sum()
 
 def _times(model):
-    "What a variance is multiplied with: 2 if patients teach each other's models, 1 for one model"
+    "What a variance is multiplied with: 2 if patients train each other's models, 1 for one model"
     return 2 if len(set(np.asarray(model).tolist())) > 1 else 1
 
 def _variances(label, influences, times=1):
@@ -62,7 +62,7 @@ def auc_within(
     group,  # (N,) the group of each row, such as its model or its center, of any type
     times:int=1, # What the variance is multiplied with, 1 or more
 )->Estimate: # NaN without a pair; no interval if a class has fewer than two patients
-    "The share of pairs of one group that are ranked correctly, over all groups, with its 95 % interval over patients"
+    "The share of pairs within groups that are ranked correctly, with its 95 % interval over patients"
     value, label, influences = _influences(y, p, who, group)
     if np.isnan(value): return Estimate(value, value, value)
     variances = _variances(label, influences, times)
@@ -76,7 +76,7 @@ def fold_auc(
     who,    # (N,) the patient of each row, of any type
     model,  # (N,) which model has predicted the row, of any type
 )->Estimate: # As from `auc_within`
-    "The AUC of the pairs that the same model has ranked; its variance is doubled where there are several models"
+    "The AUC within folds (LeDell et al. 2015); its variance is doubled where there are several models"
     return auc_within(y, p, who, model, _times(model))
 
 # %% ../../nbs/515_metrics.folds.ipynb #388f4190

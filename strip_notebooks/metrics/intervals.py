@@ -15,7 +15,7 @@ nan = float('nan')
 
 # %% ../../nbs/502_metrics.intervals.ipynb #c3d68a16
 def _effective_number(hit, who):
-    "Of how many independent rows a share has the variance of these, whose patients are `who`"
+    "The number of independent rows whose share varies as much as that of these rows, of the patients `who`"
     share,patients = hit.mean(), len(np.unique(who))
     if patients == len(hit) or share in (0, 1): return patients
     sums = np.bincount(who, hit - share)[np.unique(who)]
@@ -27,7 +27,7 @@ def proportion_interval(
     hit,        # (N,) 1 where a row counts as a success, 0 elsewhere
     who,        # (N,) the number of each row's patient, from 0
 )->Estimate:    # NaN without rows
-    "A proportion with Wilson's interval, for several images of a patient with their effective number"
+    "A proportion with its 95 % interval (Wilson 1927), from the effective number of rows (Kish 1965)"
     hit,who = np.asarray(hit, float), np.asarray(who)
     if not len(hit): return Estimate(nan, nan, nan)
     n = _effective_number(hit, who)
@@ -80,7 +80,7 @@ def _log_distance(mean, error, data):
 
 # %% ../../nbs/502_metrics.intervals.ipynb #d1f28a0e
 def _loss_interval(value, error, distances, most):
-    "A loss with its interval, `most` at the highest, from the `distances` of the resamples"
+    "A loss with its interval, not above `most`, from the `distances` of the resamples"
     found = distances[~np.isnan(distances)]
     if not value > 0 or not error > 1e-12 or len(found) < len(distances)/2: return Estimate(value, nan, nan)
     below,above = np.quantile(found, [.025, .975])
@@ -96,7 +96,7 @@ def expanded_level(
 
 # %% ../../nbs/502_metrics.intervals.ipynb #88598ce2
 def _resampled_metrics(y, p, who, point, resampling):
-    "Metric -> its value in each resample, of a loss its distance"
+    "Metric -> its values, or for a loss its distances, in all resamples; `point` is threshold and training prior"
     threshold,prior = point
     losses,one = _losses(y, p, prior), np.ones((1, who.max() + 1))
     data = {name: _loss_and_error(*loss, who, one)[0] for name,loss in losses.items()}
@@ -117,7 +117,7 @@ def _proportions(y, p, who, threshold):
     return dict(out, balanced_accuracy=mean_of_two(out['sensitivity'], out['specificity']))
 
 # %% ../../nbs/502_metrics.intervals.ipynb #136d1cc9
-_of_the_mix = ('accuracy', 'ppv', 'npv')    # proportions that depend on the prevalence
+_by_prevalence = ('accuracy', 'ppv', 'npv')    # proportions that depend on the prevalence
 
 def _bootstrapped(y, p, who, point, resampling):
     "Metric -> `Estimate` from the resamples, without those that have a formula"
@@ -126,7 +126,7 @@ def _bootstrapped(y, p, who, point, resampling):
     smaller = min(len(np.unique(who[y == c])) for c in (0, 1))
     out = {name: Estimate(here[name], nan, nan) for name in metric_names}
     if smaller < 2: return out
-    names = ['pr_auc', 'f1', 'mcc', *(_of_the_mix if resampling[2] else [])]
+    names = ['pr_auc', 'f1', 'mcc', *(_by_prevalence if resampling[2] else [])]
     out.update({name: interval(values[name], here[name], expanded_level(smaller)) for name in names})
     for name,loss in _losses(y, p, point[1]).items():
         error = float(_loss_and_error(*loss, who, np.ones((1, who.max() + 1)))[1][0])
@@ -146,7 +146,7 @@ def metric_estimates(
     y,p,who = np.asarray(y).astype(int), np.asarray(p, float), np.asarray(who)
     out = _bootstrapped(y, p, who, (threshold, train_prior), resampling)
     formulas = dict(_proportions(y, p, who, threshold), roc_auc=auc_interval(y, p, who))
-    if resampling[2]: formulas = {name: e for name,e in formulas.items() if name not in _of_the_mix}
+    if resampling[2]: formulas = {name: e for name,e in formulas.items() if name not in _by_prevalence}
     out.update(formulas)
     if len(np.unique(who)) == len(who):
         out.update(calibration_slope=calibration_slope(y, p), calibration_intercept=calibration_intercept(y, p))

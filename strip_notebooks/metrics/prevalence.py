@@ -29,7 +29,7 @@ def outcome_counts(
     threshold:float=.5,         # Classified as positive at or above this probability
     positive:str|None=None,     # The positive class; None takes LAA, or else the last in alphabetical order
 )->Counts:
-    "How many patients are classified right and wrong"
+    "How many patients are classified right and wrong; `StripError` unless the threshold is from 0 to 1"
     check_threshold(threshold)
     y, p = patient_arrays(patients, positive)
     classified = p >= threshold
@@ -37,14 +37,14 @@ def outcome_counts(
 
 # %% ../../nbs/514_metrics.prevalence.ipynb #de11b5bd
 def _log_odds(sensitivity, specificity, prevalence):
-    "The log odds that a positive result, and that a negative result is right"
+    "The log odds of the PPV and of the NPV"
     odds = np.log(prevalence) - np.log1p(-prevalence)
     ppv = np.log(sensitivity) - np.log1p(-specificity) + odds
     npv = np.log(specificity) - np.log1p(-sensitivity) - odds
     return ppv, npv
 
 def _errors(sensitivity, specificity, positives, negatives):
-    "The standard errors of both log odds"
+    "The standard errors of both log odds, from the number of `positives` and `negatives`"
     ppv = (1 - sensitivity)/(sensitivity*positives) + specificity/((1 - specificity)*negatives)
     npv = sensitivity/((1 - sensitivity)*positives) + (1 - specificity)/(specificity*negatives)
     return ppv**.5, npv**.5
@@ -60,7 +60,7 @@ def predictive_values(
     counts:Counts,      # Patients by true and predicted class
     prevalence:float,   # Share of the positive class where the model is used, above 0 and below 1
 )->tuple:               # Positive and negative predictive value as `Estimate`; NaN where nobody is classified so
-    "Predictive values at a prevalence, with 95 % intervals"
+    "Predictive values with 95 % intervals (Mercaldo, Lau and Zhou 2007); `StripError` for a prevalence of 0 or 1"
     if not 0 < prevalence < 1: raise StripError(f'A prevalence of {prevalence} is not between 0 and 1.')
     tp, fp, fn, tn = counts
     positives, negatives, none = tp + fn, fp + tn, Estimate(np.nan, np.nan, np.nan)

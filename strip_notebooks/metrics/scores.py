@@ -79,10 +79,10 @@ def scores(
     train_prior:float|None=None,# Share of positive patients in training, for the shifted loss
     n_resamples:int=2000,       # Resamples of patients
     seed:int=0,                 # Which resamples
-    positive:str|None=None,     # The positive class; None takes the last in sorted order
+    positive:str|None=None,     # The positive class; None takes LAA, or else the last in alphabetical order
     stratified:bool=False,      # Resample within classes, for a study with fixed class counts
 )->pd.DataFrame:                # Index metric; value, low, high (95 %), note; `attrs`: positive, level, n, threshold
-    "Every metric per patient with its 95 % interval; NaN with a note where there is none"
+    "Every metric per patient with its 95 % interval; NaN with a note where there is none. `StripError` for bad input"
     patients = check_predictions(patients, labeled=True).sort_values('patient_id')
     y,p = patient_arrays(patients, positive)
     settings = threshold, train_prior, n_resamples, seed, stratified
@@ -97,7 +97,7 @@ def image_scores(
     train_prior:float|None=None,# Share of positives in training, for the shifted loss
     n_resamples:int=2000,       # Resamples of patients
     seed:int=0,                 # Which resamples
-    positive:str|None=None,     # The positive class; None takes the last in sorted order
+    positive:str|None=None,     # The positive class; None takes LAA, or else the last in alphabetical order
     stratified:bool=False,      # Resample within classes, for a study with fixed class counts
 )->pd.DataFrame:                # As from `scores`
     "Every metric per image with its 95 % interval, for which the images of a patient are not independent"
@@ -127,7 +127,7 @@ def class_table(
     threshold:float=.5,         # Of two classes: classified as positive at or above this probability
     n_resamples:int=2000,       # Resamples of patients
     seed:int=0,                 # Which resamples
-    positive:str|None=None,     # The positive class that the threshold is for; None takes the last in sorted order
+    positive:str|None=None,     # The class that the threshold is for; None takes LAA, or else the last by alphabet
     stratified:bool=False,      # Resample within classes, for a study with fixed class counts
 )->pd.DataFrame:                # class, patients, metric (sensitivity, precision, roc_auc), value, low, high, note
     "How well each class is recognized, in long form"
@@ -148,7 +148,7 @@ def center_table(
     threshold:float=.5,         # Classified as positive at or above this probability
     n_resamples:int=2000,       # Resamples of patients
     seed:int=0,                 # Which resamples
-    positive:str|None=None,     # The positive class; None takes the last in sorted order
+    positive:str|None=None,     # The positive class; None takes LAA, or else the last in alphabetical order
     stratified:bool=False,      # Resample within classes, for a study with fixed class counts
 )->pd.DataFrame:                # center, patients, one column per class, metric, value, low, high, note
     "ROC AUC, sensitivity and specificity of each center, in long form; no number where a class has too few patients"

@@ -13,8 +13,8 @@ from .scores import few_patients
 
 # %% ../../nbs/517_metrics.smooth.ipynb #2aa43ed0
 def restricted_spline(
-    x,      # (N,)
-    knots,  # Three rising numbers
+    x,      # (N,) numbers, such as log odds
+    knots,  # Three numbers, each larger than the one before
 )->np.ndarray: # (N, 2): the number itself, and one term that bends between the knots
     "The terms of a restricted cubic spline with three knots (Harrell 2015, section 2.4.5)"
     a, b, c = knots
@@ -44,9 +44,9 @@ curve_columns = ['predicted', 'observed', 'low', 'high']
 def smooth_calibration(
     y,                      # (P,) 0 or 1, one per patient
     p,                      # (P,) probabilities of 1
-    n_resamples:int=200,    # Bootstrap resamples of patients for the band
+    n_resamples:int=200,    # Bootstrap resamples of patients for the band, 1 or more
     seed:int=0,             # Which resamples
-    points:int=60,          # Of the curve
+    points:int=60,          # Points of the curve
 )->pd.DataFrame:            # predicted, observed, low, high (95 %, pointwise), over the range of the predictions
     "The smooth calibration curve; no rows if a class has fewer than 10 patients or the predictions hardly vary"
     odds, label, counts = _cells(y, p)

@@ -23,7 +23,7 @@ def threshold_curves(
     p,                      # (P,) probabilities of 1
     at=None,                # (T,) thresholds, above 0 and below 1; None takes 0.01 to 0.99
 )->pd.DataFrame:            # Index threshold; tp, fp, fn, tn, sensitivity, specificity, ppv, npv, benefit, everyone
-    "Counts, shares (NaN where nobody is counted) and net benefit at each threshold"
+    "Counts, shares (NaN of no patients) and net benefit at each threshold; a `StripError` for one outside 0 to 1"
     at = thresholds if at is None else np.asarray(at, float)
     y,acted = np.asarray(y) == 1, np.asarray(p, float) >= at[:, None]
     tp,fp = (acted & y).sum(1), (acted & ~y).sum(1)

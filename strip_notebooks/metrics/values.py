@@ -57,8 +57,8 @@ def expected_calibration_error(
     y,              # (N,) 0 or 1
     p,              # (N,) probabilities of 1
     weights=None,   # (B, N) copies of each row in each resample, or None
-    bins:int=10,    # Bins of equal width
-):                  # A float, or (B,): 0 is perfect
+    bins:int=10,    # Bins of equal width, 1 or more
+):                  # A float, or (B,): 0 to 1, 0 is perfect
     "Mean distance between predicted and observed shares over bins of the prediction (Naeini et al. 2015)"
     y,p = np.asarray(y), np.asarray(p, float)
     w = np.ones((1, len(y))) if weights is None else np.asarray(weights, float)
@@ -84,10 +84,12 @@ def consistency_band(
 
 # %% ../../nbs/500_metrics.values.ipynb #8aadfd2a
 def _log_odds(p):
+    "Log odds of probabilities, which are limited so that all are finite"
     from scipy.special import logit
     return logit(np.clip(np.asarray(p, float), 1e-6, 1 - 1e-6))
 
 def _normal_interval(value, error):
+    "A value with the 95 % interval of its standard error"
     return Estimate(float(value), float(value - normal_quantile*error), float(value + normal_quantile*error))
 
 def calibration_intercept(

@@ -89,7 +89,7 @@ class OptimizerConfig(Settings):
         'cosine', description='cosine, onecycle, step, plateau or constant')
     warmup:float = Field(
         .05, ge=0, lt=1, description='Share of the steps in which the rate rises (cosine, step)')
-    clip:float = Field(1., ge=0, description='Longest gradient; 0 does not clip')
+    clip:float = Field(1., ge=0, description='Largest norm of the gradient; 0 does not clip')
     accumulate:int = Field(1, ge=1, le=100_000, description='Batches per step of the optimizer')
 
 # %% ../../nbs/405_training.config.ipynb #f78e3a48
