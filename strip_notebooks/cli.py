@@ -297,7 +297,7 @@ def demo_command(
         runs[step] = run_experiment(step, {**parameters, **before}, args.runs)
     print(_demo_end(args, runs))
 
-# %% ../nbs/990_cli.ipynb #ba875720
+# %% ../nbs/990_cli.ipynb #7a1c0009
 def _mapping(text):
     "The pairs OURS=THEIRS,... of --columns as a dict"
     from strip_notebooks.settings import check_pairs
@@ -312,6 +312,7 @@ def _about_model(folder):
     try: return about_model(folder, Run(folder.parent).path.parent)
     except RunError: return about_model(folder)
 
+# %% ../nbs/990_cli.ipynb #ba875720
 def predict_command(
     args,   # The parsed words after `clot predict`
 )->None:

@@ -162,7 +162,7 @@ def _with_lines(table, text, separator=','):
     if len(lines) != len(table): lines = range(2, len(table) + 2)   # quotes that pandas and csv read differently
     return table.set_axis(pd.Index(lines, name='line'))
 
-# %% ../nbs/020_predictions.ipynb #352a5c1a
+# %% ../nbs/020_predictions.ipynb #7a1c0001
 def _text_of(path):
     "The text of a file; a `PredictionsError` if it is none"
     if not Path(path).is_file(): raise PredictionsError('it does not exist or is not a file.')
@@ -179,6 +179,7 @@ def _check_header(text, separator):
     if len(set(names)) < len(names):
         raise PredictionsError('two of its columns have the same name; give each column a name of its own.')
 
+# %% ../nbs/020_predictions.ipynb #352a5c1a
 def _read_text_table(path):
     "A CSV (comma, semicolon or tab) with every cell as text; a `PredictionsError` if it is none"
     text = _text_of(path)
@@ -248,7 +249,7 @@ def _complete(p, labels):
                                'Are they logits or percentages, or is there another class without patients?')
     return p.div(total, axis=0)
 
-# %% ../nbs/020_predictions.ipynb #2647e42b
+# %% ../nbs/020_predictions.ipynb #7a1c0004
 def _check_columns(table):
     "A `PredictionsError` unless there are patients and labels; the cells of a missing header are not repeated"
     for c in ('patient_id', 'label'):
@@ -266,6 +267,7 @@ def _test_rows(table):
     raise PredictionsError("no row has 'test' in the column split; "
                            "write 'test' into the rows that count, or remove the column.")
 
+# %% ../nbs/020_predictions.ipynb #2647e42b
 def import_predictions(
     path,                       # CSV file: patient_id, label, and a probability column for each class or one of two
     columns:dict|None=None,     # Our name of a column -> its name in the file

@@ -322,5 +322,6 @@ def validation_figure(
     for ax in axes.flat: ax.spines[['top', 'right']].set_visible(False)
     for ax in axes.flat[len(panels):]: ax.remove()
     handles = [plt.Rectangle((0, 0), 1, 1, color=colors[c]) for c in sorted(colors)]
-    fig.legend(handles, [figure_name(c) for c in sorted(colors)], loc='outside upper left', ncols=len(handles), frameon=False)
+    names = [figure_name(c) for c in sorted(colors)]
+    fig.legend(handles, names, loc='outside upper left', ncols=len(handles), frameon=False)
     return fig

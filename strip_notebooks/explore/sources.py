@@ -169,14 +169,15 @@ class Result:
     threshold:float         # Classified as positive at or above this probability
     pictures:Images|None    # The images, or None if they are not known
 
-# %% ../../nbs/940_explore.sources.ipynb #aa5f6632
+# %% ../../nbs/940_explore.sources.ipynb #7a1c0007
 def _given_table(run):
     "The path of the table that a run of evaluate_table was given, and the names of its columns"
     given = run.parameters
     try: return Path(given['table']), dict(pair.split('=', 1) for pair in given.get('columns', []))
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise StripError(f'{run.name}/parameters.json names no table; make the run again.') from None
+        raise StripError(f'The parameters of {run.name} name no table; make the run again.') from None
 
+# %% ../../nbs/940_explore.sources.ipynb #aa5f6632
 def _evaluated_predictions(run):
     "The predictions that an evaluation evaluated, and what the model is"
     if run.step == 'evaluate_table':
