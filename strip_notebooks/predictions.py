@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PredictionsError', 'classes_of', 'chosen_positive', 'positive_class', 'blank_cells', 'place_of', 'check_predictions',
-           'make_predictions', 'save_predictions', 'load_predictions', 'import_predictions', 'significant',
-           'aggregate_patients', 'class_arrays', 'patient_arrays']
+           'make_predictions', 'save_predictions', 'load_predictions', 'of_test_set', 'import_predictions',
+           'significant', 'aggregate_patients', 'class_arrays', 'patient_arrays']
 
 # %% ../nbs/020_predictions.ipynb #6e21c9c2
 import csv, warnings
@@ -218,6 +218,14 @@ def load_predictions(
             table[c] = values.astype(int) if whole else values
         return check_predictions(table).reset_index(drop=True)
     except PredictionsError as e: raise PredictionsError(f'{path} cannot be read as predictions: {e}') from None
+
+# %% ../nbs/020_predictions.ipynb #7a1c000c
+def of_test_set(
+    predictions:pd.DataFrame,   # Predictions
+)->pd.DataFrame:                # Its rows of the split `test`
+    "The predictions for the test set; a `PredictionsError` if it is not known which they are"
+    if 'split' in predictions: return predictions[predictions.split == 'test'].reset_index(drop=True)
+    raise PredictionsError('The predictions have no column split, so no test set is known; make the run again.')
 
 # %% ../nbs/020_predictions.ipynb #bbfc9fca
 def _class_columns(table):

@@ -25,7 +25,7 @@ from ..data.synthetic import as_preset
 from ..metrics.baselines import baseline_predictions
 from ..metrics.evaluation import OperatingPoint, evaluate
 from ..operating import choose_threshold
-from ..predictions import aggregate_patients, import_predictions, save_predictions
+from ..predictions import aggregate_patients, import_predictions, of_test_set, save_predictions
 from ..records import Evaluated, Prepared
 from ..runs import Run, list_runs, new_run, workspace
 
@@ -185,7 +185,7 @@ def _evaluated_predictions(run):
         return import_predictions(table, columns), table.stem
     model = run.links.get('derive') or run.origin('train')
     words = run.origin('train').parameters.get('arch', 'model')
-    return model.predictions.query("split == 'test'").reset_index(drop=True), words
+    return of_test_set(model.predictions), words
 
 def _pictures(run, home):
     "The images of an evaluation; None if they are not known or were removed"
