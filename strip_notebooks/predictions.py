@@ -172,6 +172,7 @@ def _text_of(path):
     if '\0' in text: raise PredictionsError('it is not a CSV: it holds a NUL byte.')
     return text
 
+# %% ../nbs/020_predictions.ipynb #44d0b2aa
 def _check_header(text, separator):
     "A `PredictionsError` if two columns have one name: pandas would rename the second"
     header = next((cells for cells in csv.reader(StringIO(text), delimiter=separator) if cells), [])
@@ -194,6 +195,7 @@ def _read_text_table(path):
         raise PredictionsError(f'it is not a CSV with one header line and as many cells in each line '
                                f'({type(e).__name__}).') from None
 
+# %% ../nbs/020_predictions.ipynb #b4d5c526
 def _numbers(column, name):
     "A text column as numbers, exact to the last bit; an empty cell is NaN"
     def number(text):
@@ -268,6 +270,7 @@ def _check_columns(table):
         raise PredictionsError(f'there is no column {c}; the columns are {listing(table.columns)}. '
                                f'If it has another name, add --columns {c}=NAME.')
 
+# %% ../nbs/020_predictions.ipynb #2ede0674
 def _test_rows(table):
     "The rows of the split `test`, or all where no split is named; never others in their place"
     if 'split' not in table or blank_cells(table.split).all(): return table.drop(columns='split', errors='ignore')
@@ -275,7 +278,7 @@ def _test_rows(table):
     raise PredictionsError("no row has 'test' in the column split; "
                            "write 'test' into the rows that count, or remove the column.")
 
-# %% ../nbs/020_predictions.ipynb #2647e42b
+# %% ../nbs/020_predictions.ipynb #f3fb9d22
 def import_predictions(
     path,                       # CSV file: patient_id, label, and a probability column for each class or one of two
     columns:dict|None=None,     # Our name of a column -> its name in the file

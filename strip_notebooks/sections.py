@@ -224,7 +224,7 @@ def center_sentences(
     if within is not None and within.value.notna().all():
         text = estimate_text(Estimate(*within.iloc[0][['value', 'low', 'high']]))
         said.append(f'AUC within centers: {text}, of pairs of patients from the same center, so that differences '
-                    'between centers do not count (Janes and Pepe 2009).')
+                    'between centers do not count.')
     own = centers[centers.metric == 'roc_auc']
     few = own.center[own.value.isna()].astype(str)
     if len(few): said.append(f'No estimate at {plural(len(few), "center")} with fewer than 5 patients of a class: '

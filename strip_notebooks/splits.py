@@ -82,7 +82,7 @@ def _require(patients, need, what):
         raise SplitError('The cohort has no labels, so it cannot be split by class; add a column label.')
     for label, count in patients.label.value_counts().sort_index().items():
         if count >= need: continue
-        raise SplitError(f'Class {label!r} has {plural(count, "patient")}, but {what} needs at least {need} of '
+        raise SplitError(f'Class {str(label)!r} has {plural(count, "patient")}, but {what} needs at least {need} of '
                          'each class; '
                          'collect more patients, use fewer splits, or leave the class out.')
 
@@ -200,7 +200,7 @@ def _require_classes(patients, chosen, what, need=1):
     for label in sorted(patients.label.unique()):
         count = int((chosen & (patients.label == label)).sum())
         if count >= need: continue
-        raise SplitError(f'Class {label!r} has {plural(count, "patient")} in {what} which needs at least {need} '
+        raise SplitError(f'Class {str(label)!r} has {plural(count, "patient")} in {what} which needs at least {need} '
                          'of each class; '
                          'choose other centers or folds.')
 

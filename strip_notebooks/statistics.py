@@ -97,6 +97,7 @@ def prior_shift(
     for prior in (train_prior, target_prior):
         if not 0 < prior < 1: raise StripError(f'A prior of {prior} is not between 0 and 1.')
     p = np.asarray(p, float)
+    if ((p < 0) | (p > 1)).any(): raise StripError('A probability is below 0 or above 1; logits are not shifted.')
     a = p*target_prior/train_prior
     b = (1 - p)*(1 - target_prior)/(1 - train_prior)
     return a/(a + b)

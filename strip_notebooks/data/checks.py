@@ -323,5 +323,5 @@ def validation_figure(
     for ax in axes.flat[len(panels):]: ax.remove()
     handles = [plt.Rectangle((0, 0), 1, 1, color=colors[c]) for c in sorted(colors)]
     names = [figure_name(c) for c in sorted(colors)]
-    fig.legend(handles, names, loc='outside upper left', ncols=len(handles), frameon=False)
+    fig.legend(handles, names, loc='outside upper left', ncols=len(names), frameon=False)
     return fig

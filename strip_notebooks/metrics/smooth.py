@@ -39,6 +39,13 @@ def _fitted(x, y, weights, at):
     return model.fit(x[kept], y[kept], weights[kept]).predict_proba(at)[:, 1]
 
 # %% ../../nbs/517_metrics.smooth.ipynb #ecc674b5
+def _no_curve(odds, label, counts, knots):
+    "Whether a class has fewer than 10 patients, the predictions hardly vary, or they separate the classes"
+    if min(counts[label == c].sum() for c in (0, 1)) < few_patients or not (np.diff(knots) > 0).all(): return True
+    of_0, of_1 = odds[label == 0], odds[label == 1]
+    return of_0.max() < of_1.min() or of_1.max() < of_0.min()
+
+# %% ../../nbs/517_metrics.smooth.ipynb #8522f1df
 curve_columns = ['predicted', 'observed', 'low', 'high']
 
 def smooth_calibration(
@@ -47,13 +54,12 @@ def smooth_calibration(
     n_resamples:int=200,    # Bootstrap resamples of patients for the band, 1 or more
     seed:int=0,             # Which resamples
     points:int=60,          # Points of the curve
-)->pd.DataFrame:            # predicted, observed, low, high (95 %, pointwise), over the range of the predictions
-    "The smooth calibration curve; no rows if a class has fewer than 10 patients or the predictions hardly vary"
+)->pd.DataFrame:            # predicted, observed, low, high (95 %, pointwise), over the middle 95 % of the predictions
+    "The smooth calibration curve; no rows if a class is small (below 10), separated, or predictions hardly vary"
     odds, label, counts = _cells(y, p)
-    knots = np.quantile(np.repeat(odds, counts), [.1, .5, .9])
-    fewest = min(counts[label == c].sum() for c in (0, 1))
-    if fewest < few_patients or not (np.diff(knots) > 0).all(): return pd.DataFrame(columns=curve_columns, dtype=float)
-    at = np.linspace(odds.min(), odds.max(), points)
+    *knots, first, last = np.quantile(np.repeat(odds, counts), [.1, .5, .9, .025, .975])
+    if _no_curve(odds, label, counts, knots): return pd.DataFrame(columns=curve_columns, dtype=float)
+    at = np.linspace(first, last, points)
     x, shown = (restricted_spline(v, knots) for v in (odds, at))
     middle, spread = x.mean(0), x.std(0)
     x, shown = ((v - middle)/spread for v in (x, shown))
