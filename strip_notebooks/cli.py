@@ -131,13 +131,13 @@ def _beside_baselines(run, patients, positive):
 def _models(runs):
     "The bundles of training runs and their patient-level predictions on the test set; one positive class for all"
     from strip_notebooks.bundle import load_bundle
-    from strip_notebooks.predictions import aggregate_patients
+    from strip_notebooks.predictions import aggregate_patients, of_test_set
     bundles = [load_bundle(run.bundle) for run in runs]
     positives = list(dict.fromkeys(b.positive for b in bundles))
     if len(positives) > 1:
         raise StripError(f'The positive class is {" in one run and ".join(positives)} in another; derive one of them '
                          'with the class of the other: clot run derive -p positive=...')
-    tables = [aggregate_patients(run.predictions.query("split == 'test'"), b.how) for run, b in zip(runs, bundles)]
+    tables = [aggregate_patients(of_test_set(run.predictions), b.how) for run, b in zip(runs, bundles)]
     return bundles, tables
 
 # %% ../nbs/990_cli.ipynb #0bed87e6
@@ -297,7 +297,7 @@ def demo_command(
         runs[step] = run_experiment(step, {**parameters, **before}, args.runs)
     print(_demo_end(args, runs))
 
-# %% ../nbs/990_cli.ipynb #ba875720
+# %% ../nbs/990_cli.ipynb #7a1c0009
 def _mapping(text):
     "The pairs OURS=THEIRS,... of --columns as a dict"
     from strip_notebooks.settings import check_pairs
@@ -312,6 +312,7 @@ def _about_model(folder):
     try: return about_model(folder, Run(folder.parent).path.parent)
     except RunError: return about_model(folder)
 
+# %% ../nbs/990_cli.ipynb #ba875720
 def predict_command(
     args,   # The parsed words after `clot predict`
 )->None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PredictionsError', 'classes_of', 'chosen_positive', 'positive_class', 'blank_cells', 'place_of', 'check_predictions',
-           'make_predictions', 'save_predictions', 'load_predictions', 'import_predictions', 'significant',
-           'aggregate_patients', 'class_arrays', 'patient_arrays']
+           'make_predictions', 'save_predictions', 'load_predictions', 'of_test_set', 'import_predictions',
+           'significant', 'aggregate_patients', 'class_arrays', 'patient_arrays']
 
 # %% ../nbs/020_predictions.ipynb #6e21c9c2
 import csv, warnings
@@ -162,7 +162,7 @@ def _with_lines(table, text, separator=','):
     if len(lines) != len(table): lines = range(2, len(table) + 2)   # quotes that pandas and csv read differently
     return table.set_axis(pd.Index(lines, name='line'))
 
-# %% ../nbs/020_predictions.ipynb #352a5c1a
+# %% ../nbs/020_predictions.ipynb #7a1c0001
 def _text_of(path):
     "The text of a file; a `PredictionsError` if it is none"
     if not Path(path).is_file(): raise PredictionsError('it does not exist or is not a file.')
@@ -180,6 +180,7 @@ def _check_header(text, separator):
     if len(set(names)) < len(names):
         raise PredictionsError('two of its columns have the same name; give each column a name of its own.')
 
+# %% ../nbs/020_predictions.ipynb #352a5c1a
 def _read_text_table(path):
     "A CSV (comma, semicolon or tab) with every cell as text; a `PredictionsError` if it is none"
     text = _text_of(path)
@@ -220,6 +221,14 @@ def load_predictions(
         return check_predictions(table).reset_index(drop=True)
     except PredictionsError as e: raise PredictionsError(f'{path} cannot be read as predictions: {e}') from None
 
+# %% ../nbs/020_predictions.ipynb #7a1c000c
+def of_test_set(
+    predictions:pd.DataFrame,   # Predictions
+)->pd.DataFrame:                # Its rows of the split `test`
+    "The predictions for the test set; a `PredictionsError` if it is not known which they are"
+    if 'split' in predictions: return predictions[predictions.split == 'test'].reset_index(drop=True)
+    raise PredictionsError('The predictions have no column split, so no test set is known; make the run again.')
+
 # %% ../nbs/020_predictions.ipynb #bbfc9fca
 def _class_columns(table):
     "Class -> its probability column"
@@ -250,7 +259,7 @@ def _complete(p, labels):
                                'Are they logits or percentages, or is there another class without patients?')
     return p.div(total, axis=0)
 
-# %% ../nbs/020_predictions.ipynb #2647e42b
+# %% ../nbs/020_predictions.ipynb #7a1c0004
 def _check_columns(table):
     "A `PredictionsError` unless there are patients and labels; the cells of a missing header are not repeated"
     for c in ('patient_id', 'label'):

@@ -25,7 +25,7 @@ from ..data.synthetic import as_preset
 from ..metrics.baselines import baseline_predictions
 from ..metrics.evaluation import OperatingPoint, evaluate
 from ..operating import choose_threshold
-from ..predictions import aggregate_patients, import_predictions, save_predictions
+from ..predictions import aggregate_patients, import_predictions, of_test_set, save_predictions
 from ..records import Evaluated, Prepared
 from ..runs import Run, list_runs, new_run, workspace
 
@@ -169,14 +169,15 @@ class Result:
     threshold:float         # Classified as positive at or above this probability
     pictures:Images|None    # The images, or None if they are not known
 
-# %% ../../nbs/940_explore.sources.ipynb #aa5f6632
+# %% ../../nbs/940_explore.sources.ipynb #7a1c0007
 def _given_table(run):
     "The path of the table that a run of evaluate_table was given, and the names of its columns"
     given = run.parameters
     try: return Path(given['table']), dict(pair.split('=', 1) for pair in given.get('columns', []))
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise StripError(f'{run.name}/parameters.json names no table; make the run again.') from None
+        raise StripError(f'The parameters of {run.name} name no table; make the run again.') from None
 
+# %% ../../nbs/940_explore.sources.ipynb #aa5f6632
 def _evaluated_predictions(run):
     "The predictions that an evaluation evaluated, and what the model is"
     if run.step == 'evaluate_table':
@@ -184,7 +185,7 @@ def _evaluated_predictions(run):
         return import_predictions(table, columns), table.stem
     model = run.links.get('derive') or run.origin('train')
     words = run.origin('train').parameters.get('arch', 'model')
-    return model.predictions.query("split == 'test'").reset_index(drop=True), words
+    return of_test_set(model.predictions), words
 
 def _pictures(run, home):
     "The images of an evaluation; None if they are not known or were removed"
