@@ -141,7 +141,9 @@ def read_weights(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     path = Path(path)
-    if not path.is_file(): raise ModelError(f'{path} does not exist; give the path of a safetensors file.')
+    if not path.is_file():
+        wrong = 'is a folder' if path.is_dir() else 'does not exist'
+        raise ModelError(f'{path} {wrong}; give the path of a safetensors file.')
     try: return load_file(path)
     except (SafetensorError, OSError, ValueError) as e:
         raise ModelError(f'{path} is not a readable safetensors file ({e}); '

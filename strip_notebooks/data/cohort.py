@@ -345,7 +345,7 @@ def files_below(
     "All files and broken links below a folder, none hidden; linked folders are entered unless they lead back up"
     top = top or folder
     here = os.path.realpath(folder)
-    if here in above: return
+    if any(os.path.commonpath([here, a]) == here for a in above): return
     try: names = sorted(os.listdir(folder))
     except OSError as e:
         raise CohortError(f'A folder in {top} cannot be listed ({type(e).__name__}); '

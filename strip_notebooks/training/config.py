@@ -133,7 +133,7 @@ def _fine_tuning(cls, values):
     "The settings with the defaults that fit the start of the weights"
     values = dict(values)
     if values.get('features') == 'frozen':
-        values['trainable'] = 'head'
+        if values.get('trainable', 'all') == 'all': values['trainable'] = 'head'
         if values.get('policy', 'light') == 'light': values['policy'] = 'none'
     moved = bool(values.get('pretrained')) and values.get('trainable', 'all') != 'head'
     for name,default in dict(lr=.0002 if moved else .002, layer_decay=.75 if moved else 1.).items():
@@ -145,6 +145,7 @@ def _check_frozen(settings):
     "Frozen features are computed once, so nothing may change them later"
     changing = [n for n in ('mixup', 'cutmix', 'unfreeze_every') if getattr(settings, n)]
     if settings.policy != 'none': changing.insert(0, 'policy')
+    if settings.trainable != 'head': changing.insert(0, f'trainable={settings.trainable}')
     if settings.features != 'frozen' or not changing: return settings
     raise ValueError(f"features='frozen' computes the features of an image once, so {changing[0]} must be off; "
                      "take features='trained' for it.")
