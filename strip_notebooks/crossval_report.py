@@ -152,7 +152,7 @@ def crossval_sentences(
 # %% ../nbs/955_crossval_report.ipynb #7b066aca
 _method = (
     'A patient is classified as {positive} by the threshold of the model that tested the patient '
-    '({rule}, on the validation patients of that model); the predicted probability is over {how} of the images.',
+    '({rule}, on the validation patients of that model); the predicted probability is {how} over the images.',
     'The AUC compares patients that the same model has tested. Its interval takes into account that patients train '
     "each other's models, and is conservative where the signal is strong. The pooled AUC compares patients across "
     'models. All other intervals take the models as given.')
