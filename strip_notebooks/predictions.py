@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import StripError, listing, nearest, plural, write_csv
+from .core import StripError, listing, nearest, okabe_ito, plural, write_csv
 
 # %% ../nbs/020_predictions.ipynb #3891bb11
 class PredictionsError(StripError):
@@ -243,7 +243,7 @@ def _complete(p, labels):
     if len(labels) == 1 and list(p) == labels:
         raise PredictionsError(f'every label is {labels[0]}, which is also the only class with a probability column; '
                                'add a column p_CLASS of the other class.')
-    if missing and len(labels) > 8:         # more than we have colors for; they could be names
+    if missing and len(labels) > len(okabe_ito):    # more than there are colors; they could be names
         raise PredictionsError(f'the column label has {len(labels)} different values; is it another column?')
     if len(p.columns) == 1 and len(missing) == 1: p = p.assign(**{missing[0]: 1 - p.iloc[:, 0]})
     elif missing or len(p.columns) < 2:

@@ -19,7 +19,7 @@ from . import figures
 from .centers import forest_figure, forest_rows, within_centers
 from .prevalence import outcome_counts, prevalence_table
 from .scores import center_table, class_table, image_scores, scores
-from ..predictions import aggregate_patients, classes_of, patient_arrays
+from ..predictions import aggregate_patients, classes_of, of_test_set, patient_arrays
 from ..statistics import Estimate, permutation_p
 
 # %% ../../nbs/540_metrics.evaluation.ipynb #30976c03
@@ -121,8 +121,7 @@ def evaluate_bundle(
     stratified:bool=False,      # Resample within classes, for a study with fixed class counts
 )->Evaluation:
     "The evaluation of a bundle on the test set of its predictions, at its own operating point"
-    if 'split' not in predictions: raise StripError('The predictions have no column split, so no test set is known.')
-    images = predictions[predictions.split == 'test'].reset_index(drop=True)
+    images = of_test_set(predictions)
     if not len(images): raise StripError('No image is in the test set; prepare with a test_ratio above 0.')
     if classes_of(images) != bundle.classes:
         raise StripError(f'The predictions are of the classes {listing(classes_of(images))}, and the model is for '
