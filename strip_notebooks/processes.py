@@ -395,6 +395,18 @@ def _outcome(queue, task):
     raise value
 
 # %% ../nbs/010_processes.ipynb #cb49b22c
+@patch
+@_undisturbed()
+def abandon(self:_Queue,
+    seconds:float=.5,   # How long the items may take to end by themselves
+):
+    "Give up what is not done"
+    if self.crew.pid != os.getpid() or not self.running(): return
+    from concurrent.futures import wait
+    own = set(wait(self.running(), seconds).not_done)
+    if own and not any(f not in own and not f.done() for f in list(self.crew.futures)): self.crew.stop()
+
+# %% ../nbs/010_processes.ipynb #2b41fac0
 def worker_results(
     function,               # Of one item; importable from a module, as workers have to find it
     items,                  # What to go through
@@ -414,9 +426,7 @@ def worker_results(
                 queue.tasks.popleft()
             else: _wait(queue.crew, queue.running())
             queue.fill()
-    finally:
-        with _undisturbed():
-            for task in queue.tasks: task.future.cancel()
+    finally: queue.abandon()
 
 # %% ../nbs/010_processes.ipynb #8eec5c6a
 _why_died = dict(memory='was killed, also with no other beside it: it needs more memory than there is',

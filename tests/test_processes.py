@@ -1,10 +1,11 @@
 "Workers that may die: order, accidents, ends from outside, and a machine that is short of something"
-import os, signal, subprocess, sys, threading, time
+import contextlib, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from strip_notebooks import processes
 from strip_notebooks.processes import Died, WorkerError, parallel_map, remove_worker_files, run_in_worker, worker_results
 
 
@@ -73,7 +74,7 @@ def test_no_more_workers_than_asked_for(tmp_path):
 def test_an_idle_worker_that_is_killed_is_replaced():
     pids = {p for p,_ in parallel_map(number_of, range(9), workers=2)}
     for p in pids:
-        os.kill(p, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError): os.kill(p, signal.SIGKILL)     # the pool may have ended it, for a task of another test
         assert until(lambda: not psutil.pid_exists(p) or psutil.Process(p).status() == 'zombie')
     found = list(parallel_map(number_of, range(9), workers=2))
     assert [i for _,i in found] == list(range(9)) and not pids & {p for p,_ in found}
@@ -87,6 +88,28 @@ def test_two_threads_share_the_workers(tmp_path):
     for t in threads: t.start()
     for t in threads: t.join(120)
     assert found == dict(a=list(range(30)), b=[0, 1, 2, 'memory', *range(4, 30)])
+
+
+def nap(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+def test_after_calls_that_were_given_up_the_next_one_ends():
+    "Canceled items would have their workers ended later, together with an item of the next call, which waited for ever"
+    naps = [.01 + .0025*((7*k) % 20) for k in range(60)]
+    def go():
+        for k in range(30):
+            given_up = worker_results(nap, naps[k:k + 20], 4)
+            for _ in range(1 + k % 4): next(given_up)
+            given_up.close()
+            assert list(worker_results(nap, [.03]*6, 4)) == [.03]*6
+        ended.append(True)
+    ended = []
+    thread = threading.Thread(target=go, daemon=True)
+    thread.start()
+    thread.join(120)
+    assert ended
 
 
 def unpicklable(item): return threading.Lock()
@@ -197,16 +220,17 @@ def in_a_child(line):
 def test_a_child_process_that_had_workers_ends(method, before):
     "Also one that was forked from a process with workers of its own"
     import multiprocessing
+    if processes._crew: processes._crew.stop()      # a pool that starts a worker just now holds locks, and a fork would copy them
     if before: assert list(parallel_map(abs, [-5], workers=1)) == [5]
     context = multiprocessing.get_context(method)
     mine, its = context.Pipe()
     child = context.Process(target=in_a_child, args=(its,))
     child.start()
-    assert mine.poll(100) and mine.recv() == [1, 2, 3]
-    child.join(60)
-    ended = child.exitcode
-    if ended is None: child.kill()
-    assert ended == 0
+    try:
+        assert mine.poll(100) and mine.recv() == [1, 2, 3]
+        child.join(60)
+        assert child.exitcode == 0
+    finally: child.kill()
 
 
 def test_a_worker_that_is_killed_while_it_starts_is_started_again():
