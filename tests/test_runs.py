@@ -14,8 +14,8 @@ CLOT = str(Path(sys.executable).parent/'clot')
 # --- a workspace with a tiny notebook
 
 WAIT = '''import os, pathlib
-print('ready', os.getpid(), flush=True)
 if out: pathlib.Path(out, '.0123abcd-half.pt').touch()
+print('ready', os.getpid(), flush=True)
 text = open(gate).read()
 print('read', text)'''
 
