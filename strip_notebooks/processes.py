@@ -397,13 +397,11 @@ def _outcome(queue, task):
 # %% ../nbs/010_processes.ipynb #cb49b22c
 @patch
 @_undisturbed()
-def abandon(self:_Queue,
-    seconds:float=.5,   # How long the items may take to end by themselves
-):
+def abandon(self:_Queue):
     "Give up what is not done"
     if self.crew.pid != os.getpid() or not self.running(): return
     from concurrent.futures import wait
-    own = set(wait(self.running(), seconds).not_done)
+    own = set(wait(self.running(), timeout=.5).not_done)
     if own and not any(f not in own and not f.done() for f in list(self.crew.futures)): self.crew.stop()
 
 # %% ../nbs/010_processes.ipynb #2b41fac0
