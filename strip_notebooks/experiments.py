@@ -163,10 +163,12 @@ def remove_leftovers(
     return removed
 
 # %% ../nbs/900_experiments.ipynb #bab0459f
-_launcher = '''import ctypes, os, signal, sys
+_launcher = '''import ctypes, logging, os, signal, sys
 if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)    # PR_SET_PDEATHSIG
 if os.name != 'nt' and os.getppid() != int(os.environ['JPY_PARENT_PID']): os._exit(1)
 sys.path = [p for p in sys.path if p]
+def is_ours(record): return not all(t in record.getMessage() for t in ("was destroyed but it is pending", "ipykernel"))
+logging.getLogger("asyncio").addFilter(is_ours)
 from ipykernel.kernelapp import launch_new_instance
 launch_new_instance()'''
 
