@@ -167,8 +167,8 @@ _launcher = '''import ctypes, logging, os, signal, sys
 if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)    # PR_SET_PDEATHSIG
 if os.name != 'nt' and os.getppid() != int(os.environ['JPY_PARENT_PID']): os._exit(1)
 sys.path = [p for p in sys.path if p]
-def is_ours(record): return not all(t in record.getMessage() for t in ("was destroyed but it is pending", "ipykernel"))
-logging.getLogger("asyncio").addFilter(is_ours)
+noise = "Task was destroyed but it is pending", "<Kernel.dispatch_control()"
+logging.getLogger("asyncio").addFilter(lambda record: not all(text in record.getMessage() for text in noise))
 from ipykernel.kernelapp import launch_new_instance
 launch_new_instance()'''
 
