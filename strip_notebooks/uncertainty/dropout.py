@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from ..bundle import class_probabilities
-from ..core import StripError, derive_seed
+from ..core import StripError, derive_seed, plural
 
 # %% ../../nbs/650_uncertainty.dropout.ipynb #4192d413
 class DropoutError(StripError):
@@ -45,8 +45,8 @@ def _mask(x, p, whole, images, generator):
     "What `x` is multiplied with, the same for each of its `images`: 0 with probability `p`, and else 1/(1 - p)"
     import torch
     if len(x) % images:
-        raise DropoutError(f'A dropout layer gets {len(x)} rows for {images} images, so no network can be drawn for all '
-                           'of them; choose another architecture.')
+        raise DropoutError(f'A dropout layer gets {plural(len(x), "row")} for {plural(images, "image")}, so no network can '
+                           'be drawn for all of them; choose another architecture.')
     shape = [len(x)//images, *x.shape[1:]]
     if whole: shape = [*shape[:2], *[1]*(x.ndim - 2)]
     kept = torch.rand(shape, generator=generator) >= p
@@ -85,7 +85,7 @@ def thinned_network(
 def dropout_calls(
     model,      # A PyTorch model in evaluation mode
     x,          # (1, C, H, W), an input
-)->tuple:       # How often features are dropped before the head, and in the head; before it if the two cannot be told apart
+)->tuple:       # How often features are dropped before the head, and in it; all of it before, where no head is known
     "Counts where `model` drops features"
     import torch
     calls = []
