@@ -45,8 +45,8 @@ def _mask(x, p, whole, images, generator):
     "What `x` is multiplied with, the same for each of its `images`: 0 with probability `p`, and else 1/(1 - p)"
     import torch
     if len(x) % images:
-        raise DropoutError(f'A dropout layer gets {plural(len(x), "row")} for {plural(images, "image")}, so no network can '
-                           'be drawn for all of them; choose another architecture.')
+        raise DropoutError(f'A dropout layer gets {plural(len(x), "row")} for {plural(images, "image")}, '
+                           'so no network can be drawn for all of them; choose another architecture.')
     shape = [len(x)//images, *x.shape[1:]]
     if whole: shape = [*shape[:2], *[1]*(x.ndim - 2)]
     kept = torch.rand(shape, generator=generator) >= p
@@ -85,8 +85,8 @@ def thinned_network(
 def dropout_calls(
     model,      # A PyTorch model in evaluation mode
     x,          # (1, C, H, W), an input
-)->tuple:       # How often features are dropped before the head, and in it; all of it before, where no head is known
-    "Counts where `model` drops features"
+)->tuple:       # How often before the head, and how often in it
+    "Counts where `model` drops features; without a head of its own, all of it is before the head"
     import torch
     calls = []
     def counted(x, p, whole):
