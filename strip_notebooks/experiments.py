@@ -19,7 +19,7 @@ from .core import StripError, nearest, plural, read_json, remove_temporaries, wr
 from .processes import remove_worker_files
 from .runs import (Owner, Run, RunError, list_runs, new_run, now, open_run, process_started,
                                  remove_new_folders, workspace)
-from .settings import step_settings
+from .settings import step_settings, study_steps
 
 # %% ../nbs/900_experiments.ipynb #33600f3e
 class ExperimentError(StripError):
@@ -397,7 +397,8 @@ def find_run(
 # %% ../nbs/900_experiments.ipynb #eeb5408a
 builds_on = dict(train=('prepare_run', ['prepare']), crossval=('prepare_run', ['prepare']),
                  derive=('train_run', ['train']),
-                 evaluate=('train_run', ['train', 'derive']), report=('evaluate_run', ['evaluate']))
+                 **dict.fromkeys(['evaluate', *study_steps], ('train_run', ['train', 'derive'])),
+                 report=('evaluate_run', ['evaluate']))
 
 def with_parent(
     step:str,       # The experiment

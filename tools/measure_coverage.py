@@ -1,4 +1,4 @@
-"""Measure how often the intervals contain the truth and save it with the library: `python tools/coverage.py`."""
+"""Measure how often the intervals contain the truth and save it with the library: `python tools/measure_coverage.py`."""
 from pathlib import Path
 
 from strip_notebooks.metrics.coverage import coverage_table
