@@ -221,7 +221,8 @@ study_steps = ['explain', 'features', 'uncertainty', 'robustness', 'bias']     #
 step_settings = dict(prepare=PrepareSettings, pretrain=PretrainSettings, train=TrainSettings, crossval=CrossvalSettings,
                      derive=DeriveSettings, evaluate=EvaluateSettings, evaluate_table=EvaluateTableSettings,
                      explain=ExplainSettings, features=FeatureSettings, uncertainty=UncertaintySettings,
-                     robustness=RobustnessSettings, bias=BiasSettings, report=ReportSettings, benchmark=BenchmarkSettings)
+                     robustness=RobustnessSettings, bias=BiasSettings, report=ReportSettings,
+                     benchmark=BenchmarkSettings)
 
 # %% ../nbs/895_settings.ipynb #b9e83ad5
 def setting_parameters(

@@ -66,8 +66,8 @@ class RobustnessSettings(StudySettings):
     @classmethod
     def _severities(cls, values):
         wrong = [v for v in values if v not in (1, 2, 3, 4, 5)]
-        if wrong or not values: raise ValueError(f'severities={values} must be whole numbers from 1 to 5, at least one.')
-        return values
+        if values and not wrong: return values
+        raise ValueError(f'severities={values} must be whole numbers from 1 to 5, at least one.')
 
     @field_validator('bounds')
     @classmethod

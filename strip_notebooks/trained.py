@@ -56,8 +56,8 @@ def check_classes(
     "Raise a `StripError` unless the model is for the classes of the cohort"
     strange = sorted(set(cohort.label) - set(bundle.classes))
     if strange:
-        raise StripError(f'The model is for {listing(bundle.classes)}, and the cohort has images of {listing(strange)}; '
-                         'they do not belong together.')
+        raise StripError(f'The model is for {listing(bundle.classes)}, and the cohort has images of '
+                         f'{listing(strange)}; they do not belong together.')
 
 # %% ../nbs/892_trained.ipynb #c7f54f6b
 def trained_model(
