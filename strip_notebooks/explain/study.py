@@ -205,9 +205,10 @@ def _ground_sentence(found):
 def _curve_sentence(found):
     "Whether the model depends on what its maps show"
     out, back = (found[name] for name in found if name.startswith(('deletion', 'insertion')))
-    sides, about = (_side(out), _side(back)), 'random orders of the same tissue, equally smooth and at equal depth'
-    numbers = (f'removing the hottest tissue first lowers the probability of the target by {estimate_text(out, 3)} '
-               f'more than {about}, and putting it back first raises it by {estimate_text(back, 3)} more')
+    sides, worse = (_side(out), _side(back)), ' (below 0: worse than random)' if min(out.value, back.value) < 0 else ''
+    numbers = (f'while the hottest tissue is removed first, the probability of the target is {estimate_text(out, 3)} '
+               'lower than in random orders of the same tissue that are equally smooth and at equal depth, and '
+               f'{estimate_text(back, 3)} higher while it is put back first{worse}')
     if None in sides: return few_maps.format('the model depends on the places that they show')
     if sides == (1, 1): return f'The model depends on the places that its heat maps show: {numbers}.'
     if 1 in sides: return f'The model depends on the places that its heat maps show in one of two tests: {numbers}.'
@@ -253,8 +254,8 @@ def heat_sentences(
     hollow = (f'{plural(empty, "map")} of {len(study.images)} had no heat at all: nothing in these images raises the '
               'logit of the target. They are not counted.')
     return [s for s in (chance_sentence(trained.bundle, trained.predictions),
-                        study.reason or _ground_sentence(found), _curve_sentence(found), _random_sentence(found),
-                        glass, hollow if empty else '', asked) if s]
+                        '' if study.reason else _ground_sentence(found), _curve_sentence(found), study.reason,
+                        _random_sentence(found), glass, hollow if empty else '', asked) if s]
 
 # %% ../../nbs/618_explain.study.ipynb #7dc95985
 def _sheet(trained, settings, shown):
