@@ -27,7 +27,9 @@ from .runs import Run
 from .sections import (
     card_section, center_sentences, image_source, label_section, patients_section, prevalence_section,
     stated, stated_names, study_rows, width_sentence)
+from .settings import study_steps
 from .statistics import Estimate
+from .studies import study_section
 
 # %% ../nbs/950_report.ipynb #4b2b3f51
 def verdict_words(
@@ -405,7 +407,8 @@ def report_html(
     m, about = evaluated.record(Evaluated), prepared.record(Prepared)
     centers, baselines = optional_table(evaluated, 'centers', ['center']), optional_table(evaluated, 'baselines')
     made = f'Made {evaluated.status.started[:10]}, for research.'
-    runs = [r for r in (prepared, trained, derived, evaluated) if r is not None]
+    studies = [run.links[step] for step in study_steps if step in run.links]
+    runs = [r for r in (prepared, trained, derived, evaluated, *studies) if r is not None]
     return page_html(
         title=_title(run, m.classes), positive=m.positive, study=study_rows(run),
         lead=f'{trained.record(Trained).arch} on {image_source(prepared)}. {made}',
@@ -413,8 +416,8 @@ def report_html(
         sentences=result_sentences(m, about.best_auc, centers, baselines),
         result=result_section(evaluated, about.best_auc), card=card_section(run_card(evaluated)),
         cohort=cohort_section(prepared), audit=audit_section(prepared), training=training_section(trained, derived),
-        pictures=_pictures(prepared, evaluated, m.positive), limits=limit_sentences(prepared),
-        origin=origin_section(runs))
+        pictures=_pictures(prepared, evaluated, m.positive), studies=[study_section(r) for r in studies],
+        limits=limit_sentences(prepared), origin=origin_section(runs))
 
 # %% ../nbs/950_report.ipynb #f1fff15d
 _not_ours = ['The predictions come from a table. How the model was trained, on whom, and whether training and test '
@@ -435,7 +438,8 @@ def table_report_html(
         title=_title(run, m.classes), positive=m.positive, study=study_rows(run),
         lead=f'Predictions from a table. Made {evaluated.status.started[:10]}, for research.',
         label=label_section(run, evaluated, []), sentences=result_sentences(m, None, centers), card=None,
-        result=result_section(evaluated, None), cohort=None, audit=None, training=None, pictures=[], limits=_not_ours,
+        result=result_section(evaluated, None), cohort=None, audit=None, training=None, pictures=[], studies=[],
+        limits=_not_ours,
         origin=origin_section([evaluated]))
 
 # %% ../nbs/950_report.ipynb #f58d2e2a
