@@ -80,18 +80,25 @@ def score_auc(
     return interval(values, _mean_auc(codes, scores)[0])
 
 # %% ../../nbs/634_features.probes.ipynb #810daa7a
+def _bootstrap_p(values):
+    "The two-sided p-value of a difference from its resamples"
+    found = values[~np.isnan(values)]
+    beyond = min((found <= 0).sum(), (found >= 0).sum())
+    return float(min(1, 2*(1 + beyond)/(1 + len(found))))
+
 def score_auc_difference(
     codes,                  # (P,) number of each patient's class, from 0
     first:np.ndarray,       # (P, C) scores
     second:np.ndarray,      # (P, C) scores of the same patients
     n_resamples:int=1000,   # For more than two classes
     seed:int=0,             # Which resamples
-)->Estimate:                # The first AUC minus the second
-    "The paired difference of two patient AUCs with its 95 % interval"
+)->tuple:                   # The first AUC minus the second, as an `Estimate`, and the two-sided p-value
+    "The paired difference of two patient AUCs: DeLong's for two classes, a bootstrap over patients for more"
     codes = np.asarray(codes)
-    if first.shape[1] == 2: return delong_paired(codes, first[:, 1], second[:, 1])[0]
+    if first.shape[1] == 2: return delong_paired(codes, first[:, 1], second[:, 1])
     def gap(w=None): return _mean_auc(codes, first, w) - _mean_auc(codes, second, w)
-    return interval(resampled(gap, codes, n_resamples, seed), gap()[0])
+    values = resampled(gap, codes, n_resamples, seed)
+    return interval(values, gap()[0]), _bootstrap_p(values)
 
 # %% ../../nbs/634_features.probes.ipynb #3f2fc3f9
 least_of_center = 5     # Patients of a center that is predicted

@@ -108,8 +108,8 @@ def _auc_rows(values, images, bundle, k, resampling):
     rows = [_row(f'{mean}, {who}', score_auc(codes, s, *resampling), len(codes)) for who, s in scores.items()]
     (_, own), *probes = scores.items()
     for who, s in probes:
-        gap = score_auc_difference(codes, s, own, *resampling)
-        rows.append(_row(f'difference in AUC, {who} minus the network', gap, len(codes), 0.))
+        gap, p = score_auc_difference(codes, s, own, *resampling)
+        rows.append(_row(f'difference in AUC, {who} minus the network', gap, len(codes), 0., p))
     return rows
 
 def probe_table(
@@ -195,9 +195,7 @@ def center_sentence(
 # %% ../../nbs/638_features.study.ipynb #d12d0765
 def _gap_words(row):
     "What a paired difference from the network means"
-    words = 'not distinguishable'
-    if row.low > 0: words = 'better'
-    if row.high < 0: words = 'worse'
+    words = ('better' if row['value'] > 0 else 'worse') if row.p_holm < .05 else 'not distinguishable'
     return f'difference {estimate_text(_estimate(row))}: {words}'
 
 def class_sentence(
@@ -230,8 +228,8 @@ def study_sentences(
     if len(aucs): said += [center_sentence(table.iloc[5]), class_sentence(aucs)]
     if not len(aucs) or not at_chance(aucs): return said
     known = f'{aucs.measure.iloc[0].partition(",")[0]} {estimate_text(_estimate(aucs.iloc[0]))}'
-    return [f'The model is not distinguishable from chance: {known}. So no structure of its features is useful. {first}',
-            *said[1:]]
+    chance = f'The model is not distinguishable from chance: {known}. So no structure of its features is useful.'
+    return [f'{chance} {first}', *said[1:]]
 
 # %% ../../nbs/638_features.study.ipynb #477d835d
 def feature_table(
