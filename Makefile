@@ -1,4 +1,4 @@
-# make demo   install everything into .venv and run the main job on the embedded cohort
+# make demo   install everything into .venv and run the main job, without the studies, on the embedded cohort
 # make test   install everything and run every test
 # make docs   build the documentation site into _docs
 # make example  run the demo and take its report, and a picture of it (needs chromium), into nbs/
@@ -32,7 +32,7 @@ endif
 	@touch $@
 
 demo: $(READY)
-	$(VENV)/bin/clot demo
+	$(VENV)/bin/clot demo --quick
 
 test: $(READY)
 	$(PY) -m pytest

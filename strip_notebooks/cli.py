@@ -187,17 +187,23 @@ def runs_command(
     print((_compared if len(runs) == 2 else _compared_pairs)(runs))
 
 # %% ../nbs/990_cli.ipynb #82072f80
+_studies = ['explain', 'features', 'uncertainty', 'robustness', 'bias']
 _demo_options = dict(data=['prepare'], columns=['prepare'], preset=['prepare'], patients=['prepare'],
                      size=['prepare'], positive=['prepare'], train_centers=['prepare'], test_centers=['prepare'],
                      arch=['train', 'crossval'], epochs=['train', 'crossval'],
-                     seed=['prepare', 'train', 'evaluate', 'crossval'])
+                     seed=['prepare', 'train', 'evaluate', 'crossval', *_studies])
+
+def _demo_steps(quick, crossval):
+    "The steps of a demo in their order, with what differs from their defaults"
+    first = dict(prepare={}, train=dict(dropout='0.2'), evaluate={})      # dropout, for the study of uncertainty
+    studies = {} if quick else {step: {} for step in _studies}
+    return dict(first, **(dict(crossval=dict(folds=3, dropout='0.2')) if crossval else {}), **studies, report={})
 
 def demo_parameters(
     args,       # The parsed words after `clot demo`
 )->dict:        # Step -> name -> value
     "The parameters of each step of the demo"
-    steps = dict(prepare={}, train={}, evaluate={}, report={})
-    if args.crossval: steps['crossval'] = dict(folds=3)
+    steps = _demo_steps(args.quick, args.crossval)
     for name, where in _demo_options.items():
         value = getattr(args, name)
         for step in set(where) & set(steps): steps[step].update({} if value is None else {name: value})
@@ -246,6 +252,26 @@ def _centers_can_be_left_out(cohort):
     except StripError: return False
     return True
 
+# %% ../nbs/990_cli.ipynb #157205b0
+_demo_bases = dict(train='prepare', crossval='prepare', evaluate='train', report='evaluate',
+                   **dict.fromkeys(_studies, 'train'))
+
+def _runs_before(step, runs):
+    "The parameters of a step of the demo that name the runs before it"
+    given = {f'{base}_run': runs[base].name} if (base := _demo_bases.get(step)) else {}
+    left_out = 'crossval' in runs and runs['crossval'].parameters.get('scheme') == 'leave_one_center_out'
+    if step == 'uncertainty' and 'crossval' in runs or step == 'robustness' and left_out:
+        given['crossval_run'] = runs['crossval'].name
+    if step == 'report': given['studies'] = [runs[s].name for s in _studies if s in runs]
+    return given
+
+def _study_lines(runs):
+    "The first sentence of each study"
+    from strip_notebooks.records import Study
+    said = [runs[step].record(Study) for step in _studies if step in runs]
+    lines = [line for study in said for line in _wrapped(f'{study.title}: {study.sentences[0]}', 2)]
+    return ['What the studies found:', *lines, ''] if lines else []
+
 # %% ../nbs/990_cli.ipynb #6910d9ee
 def _program():
     "How this program is started here"
@@ -277,14 +303,15 @@ def _demo_end(args, runs):
     for about, command in _next_commands(args, runs['prepare']):
         lines += ['', f'Next, {about}:', f'  {shlex.join(command)}']
     before = [f"{_summary(r)}\ncross-validation: {r.report}" for step, r in runs.items() if step == 'crossval']
-    text = '\n'.join([*before, _summary(runs['evaluate']), *lines, '', f"report: {runs['report'].report}"])
+    found = _study_lines(runs)
+    text = '\n'.join([*before, _summary(runs['evaluate']), *found, *lines, '', f"report: {runs['report'].report}"])
     return text.replace('\n\n\n', '\n\n')
 
 # %% ../nbs/990_cli.ipynb #57e425f2
 def demo_command(
     args,   # The parsed words after `clot demo`
 )->None:
-    "Prepare, train, evaluate and report in a row; print the result, its warnings, the next command and the report"
+    "All steps from images to report in a row; print the result, its warnings, the next command and the report"
     from strip_notebooks.experiments import remove_leftovers, run_experiment
     steps = demo_parameters(args)
     _check_demo(steps)
@@ -292,9 +319,11 @@ def demo_command(
     runs = {}
     for n, (step, parameters) in enumerate(steps.items()):
         print(f'[{n + 1}/{len(steps)}] {step}', flush=True)
-        base = 'prepare' if step == 'crossval' else list(steps)[n - 1]
-        before = {f'{base}_run': runs[base].name} if runs else {}
-        runs[step] = run_experiment(step, {**parameters, **before}, args.runs)
+        given = {**parameters, **_runs_before(step, runs)}
+        try: runs[step] = run_experiment(step, given, args.runs)
+        except StripError as e:
+            if step not in _studies: raise
+            print(f'  {e} The demo continues, and the report is without {step}.', flush=True)
     print(_demo_end(args, runs))
 
 # %% ../nbs/990_cli.ipynb #7a1c0009
@@ -359,7 +388,7 @@ def _add_demo(command):
             'a folder LABEL/patient/image, or a CSV beside images; without it, synthetic clots are drawn')
     _option(command, 'columns', 'OURS=THEIRS,...',
             'for a CSV with other column names, such as patient_id=subject,label=etiology')
-    _option(command, 'preset', 'NAME', 'the synthetic cohort: easy, structure, realistic, null or confounded')
+    _option(command, 'preset', 'NAME', 'the synthetic cohort: easy, structure, realistic, null, confounded or unequal')
     _option(command, 'patients', 'N', 'patients of the synthetic cohort', type=int)
     _option(command, 'size', 'PIXELS', 'side of the square that the model sees', type=int)
     _option(command, 'positive', 'CLASS', 'the positive class; without it LAA, or else the last in alphabetical order')
@@ -368,14 +397,16 @@ def _add_demo(command):
     _option(command, 'train-centers', 'A,B', 'train only on these centers; goes with --test-centers')
     _option(command, 'test-centers', 'C', 'test only on these centers; goes with --train-centers')
     _option(command, 'seed', 'N', 'seed of everything, 0 to 4294967295', type=int)
-    command.add_argument('--crossval', action='store_true', help='end with a cross-validation of 3 folds')
+    command.add_argument('--quick', action='store_true', help='leave out the five studies of the model')
+    command.add_argument('--crossval', action='store_true', help='add a cross-validation of 3 folds')
     _add_parameters(command, 'train.lr=0.001')
 
 # %% ../nbs/990_cli.ipynb #b0f92bd1
 def _add_run(command):
     "The options of `clot run`"
     command.add_argument('step', nargs='?', metavar='STEP',
-                         help='prepare, train, crossval, derive, evaluate, report, or the path of a notebook')
+                         help='prepare, train, crossval, derive, evaluate, explain, features, uncertainty, robustness, bias, '
+                              'report, or the path of a notebook')
     command.add_argument('-h', '--help', '--list', dest='help', action='store_true',
                          help='show this page; with a STEP, its parameters and their ranges')
     _add_parameters(command, 'epochs=3')
@@ -416,7 +447,7 @@ def _add_evaluate(command):
 # %% ../nbs/990_cli.ipynb #5e72f7d3
 _about = ('Predicts whether a clot came from the heart (CE) or a large artery (LAA) from images, per patient and with '
           'intervals. For research only.')
-_demo_help = 'prepare, train, evaluate and report in a row, on synthetic clots or on your images'
+_demo_help = 'prepare, train, evaluate, study and report in a row, on synthetic clots or on your images'
 
 def parser()->argparse.ArgumentParser:
     "The commands and options of `clot`"

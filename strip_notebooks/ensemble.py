@@ -11,8 +11,9 @@ from collections import Counter
 
 import numpy as np
 
-from .bundle import (BundleError, bundle_contents, card_names, check_spec, class_probabilities,
-                                    make_bundle, register_runtime, spec_preprocessing)
+from .bundle import (BundleError, bundle_contents, card_names, check_spec, make_bundle,
+                                    register_runtime, spec_preprocessing)
+from .calibration import apply_calibration
 from .core import plural
 
 # %% ../nbs/315_ensemble.ipynb #5a3325f8
@@ -32,6 +33,8 @@ def _check_members(specs, shared=_shared):
                                     'an ensemble needs models for the same task.')
 
 # %% ../nbs/315_ensemble.ipynb #a2712d36
+_of_member = ('calibration', 'conformal', 'outliers')   # They hold for the probabilities and embeddings of one member
+
 def _mean_prior(specs):
     "The mean of the priors, or None where one is not known"
     priors = [s['prior'] for s in specs]
@@ -59,7 +62,7 @@ def ensemble_parts(
     _check_members(specs)
     files = {}
     for number, content in enumerate(contents): files |= _member_files(number, *content)
-    spec = {**specs[0], 'arch': _title(specs), 'prior': _mean_prior(specs), 'dropout': 0., 'calibration': None,
+    spec = {**specs[0], **dict.fromkeys(_of_member), 'arch': _title(specs), 'prior': _mean_prior(specs), 'dropout': 0.,
             'threshold': float(np.mean([s['threshold'] for s in specs])), 'trained_on': trained_on or {}}
     return spec, files
 
@@ -102,7 +105,7 @@ class EnsembleRuntime:
         batch,  # From `batch`
     )->np.ndarray: # (N, C), float32
         "The natural logarithm of the mean probability"
-        p = [class_probabilities(m.engine.logits(x), m.temperature) for m, x in zip(self.members, batch)]
+        p = [apply_calibration(m.engine.logits(x), m.spec['calibration']) for m, x in zip(self.members, batch)]
         return np.log(np.maximum(np.mean(p, 0), 1e-300)).astype(np.float32)
 
 register_runtime('ensemble', EnsembleRuntime)
