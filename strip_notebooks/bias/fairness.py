@@ -55,18 +55,21 @@ def _joint_level(intervals):
     "The level of each interval so that all hold together with 95 %"
     return 1 - .05/max(1, intervals)
 
+def _ordered_gap(one, two):
+    "The difference of two groups (name, `Estimate`): value above 0, bounds of its size, lower and higher group"
+    if one[1].value < two[1].value: one, two = two, one
+    gap = gap_estimate(one[1], two[1])
+    return gap.value, max(0, gap.low), max(gap.high, -gap.low), two[0], one[0]
+
 def widest_difference(
     rates:list,     # Of each rate: group -> the numbers of its patients, as from `group_rates`
 )->tuple:           # `Estimate` (NaN for fewer than two groups), the lowest and the highest group
     "The widest difference between two groups in any of the rates, with an interval that holds for all pairs"
     known = [{g: v for g, v in groups.items() if len(v)} for groups in rates]
-    pairs = [(groups, pair) for groups in known for pair in combinations(groups, 2)]
-    if not pairs: return Estimate(*[float('nan')]*3), '', ''
-    level, found = _joint_level(len(pairs)), []
-    for groups, (a, b) in pairs:
-        gap = gap_estimate(*(rate_interval(groups[g], level) for g in (a, b)))
-        if gap.value < 0: a, b, gap = b, a, Estimate(-gap.value, -gap.high, -gap.low)
-        found.append((gap.value, max(0, gap.low), max(gap.high, -gap.low), b, a))
+    level = _joint_level(sum(len(groups)*(len(groups) - 1)//2 for groups in known))
+    each = [{g: rate_interval(v, level) for g, v in groups.items()} for groups in known]
+    found = [_ordered_gap(*pair) for estimates in each for pair in combinations(estimates.items(), 2)]
+    if not found: return Estimate(*[float('nan')]*3), '', ''
     value, *_, lowest, highest = max(found, key=lambda f: f[0])
     low, high = (np.max([f[k] for f in found]) for k in (1, 2))
     return Estimate(value, float(low), float(high)), lowest, highest
