@@ -193,7 +193,7 @@ def risk_coverage_figure(
     "The risk-coverage curve of each measure, beside a random and the ideal order"
     import matplotlib.pyplot as plt
     wrong = np.asarray(wrong, bool)
-    fig, ax = plt.subplots(figsize=(4.6, 3), layout='constrained')
+    fig, ax = plt.subplots(figsize=(4.6, 3.4), layout='constrained')
     ax.axhline(wrong.mean(), color='.5', ls='--', lw=1, label='random order')
     ax.plot(*_ideal_curve(wrong.sum(), len(wrong)), color='.5', ls=':', lw=1, label='ideal order')
     for (name, u), color in zip(scores.items(), ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']):
@@ -204,5 +204,5 @@ def risk_coverage_figure(
     ax.set(xlabel='share of patients that are decided', ylabel='share of errors among them')
     ax.set(xlim=(0, 1.01), ylim=(0, min(1, top)))
     ax.spines[['top', 'right']].set_visible(False)
-    fig.legend(frameon=False, fontsize=8, loc='outside right upper')
+    fig.legend(frameon=False, fontsize=8, loc='outside lower center', ncols=2)
     return fig
