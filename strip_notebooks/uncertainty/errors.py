@@ -148,7 +148,8 @@ def _no_promise(a):
           f'{plural(a.promise.patients, "validation patient")}'
     if a.promise.needed is None:
         return f'{why}: the error rate is not low enough even among the most certain fifth of them.'
-    return f'{why}; at the error rates seen there, about {a.promise.needed:,} would be needed.'
+    needed = int(float(f'{a.promise.needed:.2g}'))
+    return f'{why}; at the error rates seen there, about {needed:,} would be needed.'
 
 def abstention_sentence(
     a:Abstention,   # From `abstain`
