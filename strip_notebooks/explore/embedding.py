@@ -55,13 +55,14 @@ def draw_points(
     selected,           # (N,) bool
 ):
     "The points in the colors of their groups, those that are not selected faded"
+    from matplotlib.lines import Line2D
     ax.clear()
     alpha, handles = np.where(selected | ~np.any(selected), .85, .15), {}
     for group,(label, color, marker) in _styles(table, by).items():
         rows = (table[colorings[by]] == group).to_numpy()
         line = .8 if marker == 'x' else 0
-        drawn = ax.scatter(*points[rows].T, s=28, marker=marker, color=color, alpha=alpha[rows], linewidths=line)
-        if rows.any(): handles[label] = drawn
+        ax.scatter(*points[rows].T, s=28, marker=marker, color=color, alpha=alpha[rows], linewidths=line)
+        if rows.any(): handles[label] = Line2D([], [], linestyle='', marker=marker, color=color, markersize=5)
     ax.set(xticks=[], yticks=[])
     ax.legend(handles.values(), handles, frameon=False, fontsize=8, ncols=4, loc='lower left',
               bbox_to_anchor=(0, 1), borderaxespad=.1, handletextpad=.1, columnspacing=.8)
@@ -123,7 +124,7 @@ def figure_canvas(
     canvas = Canvas(fig)
     FigureManager(canvas, 0)
     canvas.header_visible = canvas.footer_visible = canvas.resizable = False
-    canvas.toolbar_position, canvas.toolbar_visible = 'right', 'visible'
+    canvas.toolbar_visible, canvas.layout.flex = 'visible', '0 0 auto'
     canvas.toolbar.toolitems = [t for t in canvas.toolbar.toolitems if t[0] != 'Download']
     if name: canvas.add_class(name)
     return canvas
@@ -136,13 +137,13 @@ class EmbeddingExplorer(Explorer):
         most:int=24,    # Images on the page
     ):
         from matplotlib.figure import Figure
-        self.networks, self.most, self.known, self.under = list(networks), most, {}, None
+        self.networks, self.most, self.known = list(networks), most, {}
         self.model = menu('model', [(f'{n.model}, {n.name}', k) for k,n in enumerate(self.networks)], 'strip-model')
         self.method = menu('projection', [(projection_names[m], m) for m in ('pca', 'tsne', 'umap')], 'strip-projection')
         self.color = menu('color', list(colorings), 'strip-color')
         self.order = menu('order', [('the most uncertain first', 'uncertainty'), ('the most wrong first', 'error')],
                           'strip-order')
-        self.canvas = figure_canvas(Figure(figsize=(5.6, 4.4), layout='constrained'), 'strip-scatter')
+        self.canvas = figure_canvas(Figure(figsize=(5.4, 4), layout='constrained'), 'strip-scatter')
         self.ax = self.canvas.figure.subplots()
         self.canvas.mpl_connect('motion_notify_event', self.on_move)
         self.plot = widgets.HBox([self.canvas], layout=widgets.Layout(align_items='flex-start'))
@@ -168,6 +169,7 @@ def _once(known, key, compute):
 def _fill(self):
     "Compute the projection of the chosen network; nothing is selected"
     self.summary.value, self.problem, self.table = paragraph('Computing …'), '', None
+    self.under, self.hovered.value = None, ''
     try:
         network, method = self.network, self.method.value
         def features(): return image_embeddings(network.bundle, network.pixels)
@@ -201,7 +203,7 @@ def _show_images(explorer):
 def _draw(self):
     "Show the points and the images, or say why there are none"
     from matplotlib.widgets import LassoSelector
-    self.plot.layout.display, self.hovered.value = ('none' if self.problem else ''), ''
+    self.plot.layout.display = 'none' if self.problem else ''
     if self.problem:
         self.summary.value, self.page.value = paragraph(self.problem), ''
         return
@@ -217,12 +219,11 @@ def _on_select(self, line)->None:   # Corners of the line
     self.draw()
 
 def _on_move(self, event)->None:    # Matplotlib's event
-    "Show the image under the pointer"
-    if self.table is None: return
-    under = point_under(self.ax, self.points, event.x, event.y) if event.inaxes is self.ax else None
-    if under == self.under: return
-    self.under = under
-    self.hovered.value = '' if under is None else selection_page(self.network, self.table.iloc[[under]])
+    "Show the image under the pointer, until the pointer is on another one"
+    if self.table is None or event.inaxes is not self.ax: return
+    under = point_under(self.ax, self.points, event.x, event.y)
+    if under in (None, self.under): return
+    self.under, self.hovered.value = under, selection_page(self.network, self.table.iloc[[under]], 240)
 
 EmbeddingExplorer.draw, EmbeddingExplorer.on_select, EmbeddingExplorer.on_move = _draw, _on_select, _on_move
 

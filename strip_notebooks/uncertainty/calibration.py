@@ -57,8 +57,8 @@ def class_columns(
     "The columns with the probabilities; a `CalibrationError` if they are for other classes"
     found = classes_of(predictions)
     if sorted(classes) == found: return [f'p_{c}' for c in classes]
-    raise CalibrationError(f'The predictions are for {listing(found)}, and the model is for {listing(sorted(classes))}; '
-                           'they do not belong together.')
+    raise CalibrationError(f'The predictions are for {listing(found)}, and the model is for '
+                           f'{listing(sorted(classes))}; they do not belong together.')
 
 # %% ../../nbs/660_uncertainty.calibration.ipynb #2201ff01
 def fit_data(
