@@ -1,5 +1,5 @@
 "What every test shares: the repository's root, and no more threads than there are cores for the workers."
-import os, signal
+import fcntl, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -19,4 +19,36 @@ def real():
     "The folder of real images beside the repository; a test that wants it is skipped where it is absent"
     folder = ROOT.parent/'shared'/'real'
     if not folder.is_dir(): pytest.skip('there is no folder ../shared/real with real images')
+    return folder
+
+CLASSES = ['CE', 'LAA', '<b>other</b>']
+
+def three_classes(folder):
+    "Images of three classes, which differ in brightness, with attributes of their patients, and a table of them"
+    import numpy as np, pandas as pd
+    from strip_notebooks.data.formats import write_image
+    rng, rows = np.random.default_rng(0), []
+    for patient in range(90):
+        brightness = 90 + 50*(patient % 3)
+        write_image(folder/f'{patient}.png', rng.normal(brightness, 20, (40, 40, 3)).clip(0, 255).astype(np.uint8))
+        rows.append(dict(image_id=f'i{patient}', patient_id=f'p{patient}', label=CLASSES[patient % 3], center_id=f'c{patient//3 % 2}',
+                         sex='FM'[patient//6 % 2], age=40 + patient//3, path=f'{patient}.png'))
+    pd.DataFrame(rows).to_csv(folder/'cohort.csv', index=False)
+
+@pytest.fixture(scope='session')
+def three(tmp_path_factory, worker_id):
+    "A workspace with a whole demo, studies included, on images of three classes, one with markup in its name; run once for all workers"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == 'master' else base.parent)/'three'
+    folder.mkdir(exist_ok=True)
+    small = ['--data', 'cohort.csv', '--size', '32', '--epochs', '2', '-p', 'evaluate.resamples=200', '-p', 'explain.resamples=200', '-p', 'features.resamples=100',
+             '-p', 'features.projection=pca', '-p', 'uncertainty.resamples=200', '-p', 'robustness.resamples=100', '-p', 'robustness.severities=3',
+             '-p', 'bias.resamples=200', '-p', 'bias.permutations=500']
+    with open(folder/'lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder/'said.txt').exists():
+            three_classes(folder)
+            done = subprocess.run([str(Path(sys.executable).parent/'clot'), 'demo', *small], cwd=folder, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+            (folder/'said.txt').write_text(done.stdout)
     return folder

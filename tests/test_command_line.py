@@ -15,7 +15,7 @@ from strip_notebooks.predictions import aggregate_patients
 from strip_notebooks.runs import Run, list_runs
 
 CLOT = str(Path(sys.executable).parent/'clot')
-SMALL = ['--patients', '60', '--size', '48', '--epochs', '2', '-p', 'train.batch_size=16', '-p', 'prepare.source_size=64', '-p', 'evaluate.resamples=200']
+SMALL = ['--quick', '--patients', '60', '--size', '48', '--epochs', '2', '-p', 'train.batch_size=16', '-p', 'prepare.source_size=64', '-p', 'evaluate.resamples=200']
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 def clot(*words, cwd, **kwargs):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat, psutil, pytest
 
+from conftest import CLASSES
 from strip_notebooks.core import StripError, read_json, write_json
 from strip_notebooks.runs import Owner, Run, RunError, list_runs, new_run
 
@@ -245,34 +246,17 @@ def test_settings_are_those_of_the_notebooks():
 
 # --- the whole way: three classes, one with markup in its name; each step killed and resumed
 
-CLASSES = ['CE', 'LAA', '<b>other</b>']
-
-@pytest.fixture(scope='module')
-def three(tmp_path_factory):
-    "A workspace with a demo on images of three classes"
-    import numpy as np, pandas as pd
-    from strip_notebooks.data.formats import write_image
-    folder = tmp_path_factory.mktemp('three')
-    rng, rows = np.random.default_rng(0), []
-    for patient in range(60):
-        brightness = 90 + 50*(patient % 3)
-        write_image(folder/f'{patient}.png', rng.normal(brightness, 20, (40, 40, 3)).clip(0, 255).astype(np.uint8))
-        rows.append(dict(image_id=f'i{patient}', patient_id=f'p{patient}', label=CLASSES[patient % 3], center_id=f'c{patient % 2}', path=f'{patient}.png'))
-    pd.DataFrame(rows).to_csv(folder/'cohort.csv', index=False)
-    small = ['--data', 'cohort.csv', '--size', '32', '--epochs', '2', '-p', 'evaluate.resamples=200']
-    done = subprocess.run([CLOT, 'demo', *small], cwd=folder, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return folder
+STEPS = ['prepare', 'train', 'evaluate', 'explain', 'features', 'uncertainty', 'robustness', 'bias', 'report']
 
 def latest(folder, step): return Run(sorted((folder/'runs').glob(f'*-{step}-*'))[0])
 
 def test_three_classes_end_to_end(three):
     predictions = latest(three, 'train').predictions
     assert [c for c in predictions if c.startswith('p_')] == [f'p_{c}' for c in sorted(CLASSES)]
-    assert set(list_runs(three/'runs').state) == {'finished'}
+    assert {latest(three, step).state for step in STEPS} == {'finished'}
 
 def test_markup_in_labels_is_escaped_everywhere(three):
-    for run in map(Run, (three/'runs').iterdir()):
+    for run in (latest(three, step) for step in STEPS):
         for cell in nbformat.read(run.notebook, 4).cells:
             for output in cell.get('outputs', []):
                 data = output.get('data', {})
@@ -285,7 +269,9 @@ def artifacts(run):
     files = [f for folder in folders for f in sorted(folder.glob('*'))] + sorted(run.path.glob('record.json'))
     return {f.relative_to(run.path).as_posix(): f.read_bytes() for f in files}
 
-@pytest.mark.parametrize('step', ['prepare', 'train', 'derive', 'evaluate', 'report'])
+STUDIES = [pytest.param(step, marks=pytest.mark.slow) for step in ('explain', 'features', 'robustness', 'bias')]
+
+@pytest.mark.parametrize('step', ['prepare', 'train', 'derive', 'evaluate', 'uncertainty', 'report', *STUDIES])
 def test_each_step_is_killed_resumed_and_ends_the_same(three, step):
     if step == 'derive':
         made = [CLOT, 'run', 'derive', '-p', f"train_run={latest(three, 'train').path}", '-p', 'temperature=2']

@@ -146,7 +146,7 @@ def test_demo_on_slides_beside_png(tmp_path):
                 write_image(tmp_path/'train'/f'{name}_0.png', np.vstack([np.hstack([glass, clot[0]]), np.hstack(clot[1:3])]))
             rows.append(dict(image_id=f'{name}_0', center_id=i % 3, patient_id=name, image_num=0, label=label))
     pd.DataFrame(rows).to_csv(tmp_path/'train.csv', index=False)
-    done = subprocess.run([CLOT, 'demo', '--data', 'train.csv', '--size', '64', '--epochs', '2'], cwd=tmp_path, capture_output=True, text=True, timeout=3000)
+    done = subprocess.run([CLOT, 'demo', '--quick', '--data', 'train.csv', '--size', '64', '--epochs', '2'], cwd=tmp_path, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     prepared = next(r for r in map(Run, sorted((tmp_path/'runs').iterdir())) if r.step == 'prepare')
     assert (prepared.metrics['images'], prepared.metrics['quarantined']) == (30, 0)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['metric_words', 'by_prevalence', 'gap_estimate', 'group_estimates', 'permuted_members', 'group_p_values',
-           'enough_permutations', 'grouped_arrays', 'large_enough', 'gap_table', 'shown_gaps', 'widest_gap', 'is_worse',
+           'enough_permutations', 'grouped_arrays', 'large_enough', 'gap_table', 'is_worse', 'shown_gaps', 'widest_gap',
            'gap_words', 'gap_figure']
 
 # %% ../../nbs/754_bias.gaps.ipynb #07186ccd
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .groups import least_of_class
-from ..core import StripError, plural
+from ..core import StripError, plural, short_name
 from ..metrics.centers import forest_figure, forest_rows
 from ..metrics.compare import better_when_higher
 from ..metrics.intervals import metric_estimates
@@ -198,13 +198,24 @@ def gap_table(
     return table
 
 # %% ../../nbs/754_bias.gaps.ipynb #552672aa
+def is_worse(
+    row,    # A row of `gap_table`
+)->bool:
+    "Whether the group does worse than the rest in this metric"
+    return bool((row.gap < 0) == (row.metric in better_when_higher))
+
+def _widest_first(rows):
+    "Rows of a gap table: the AUC before other metrics, wide gaps before small ones, worse groups before better ones"
+    order = pd.DataFrame(dict(other=rows.metric != 'roc_auc', size=-rows.gap.abs().round(12),
+                              better=[not is_worse(row) for row in rows.itertuples()]), index=rows.index)
+    return rows.loc[order.sort_values(list(order), kind='stable').index]
+
+# %% ../../nbs/754_bias.gaps.ipynb #07d3237b
 def shown_gaps(
     table:pd.DataFrame, # From `gap_table`
 )->pd.DataFrame:
     "The gaps with a corrected p-value below 0.05: those of the AUC first, in each the widest first"
-    found = table[table.p_holm < .05]
-    order = pd.DataFrame(dict(other=found.metric != 'roc_auc', size=-found.gap.abs()))
-    return found.loc[order.sort_values(['other', 'size'], kind='stable').index]
+    return _widest_first(table[table.p_holm < .05])
 
 def widest_gap(
     table:pd.DataFrame, # From `gap_table`
@@ -212,17 +223,10 @@ def widest_gap(
     "The widest shown gap in AUC, or in another metric if none is shown there; without shown gaps the widest in AUC"
     found = shown_gaps(table)
     if not len(found):
-        found = table[(table.metric == 'roc_auc') & table.gap.notna()]
-        found = found.loc[found.gap.abs().sort_values(ascending=False, kind='stable').index]
+        found = _widest_first(table[(table.metric == 'roc_auc') & table.gap.notna()])
     return found.iloc[0] if len(found) else None
 
 # %% ../../nbs/754_bias.gaps.ipynb #242fbb84
-def is_worse(
-    row,    # A row of `gap_table`
-)->bool:
-    "Whether the group does worse than the rest in this metric"
-    return bool((row.gap < 0) == (row.metric in better_when_higher))
-
 def gap_words(
     row,    # A row of `gap_table`
 )->str:     # Such as 'AUC lower by 0.41 (95 % CI 0.20–0.60)'
@@ -232,7 +236,7 @@ def gap_words(
     direction = 'lower' if row.gap < 0 else 'higher'
     between = f'{ends[0]:.2f} to {ends[1]:.2f}' if ends[0] < 0 else f'{ends[0]:.2f}–{ends[1]:.2f}'
     interval = '(no interval)' if np.isnan(row.gap_low) else f'(95 % CI {between})'
-    return f'{row.measure} {direction} by {abs(row.gap):.2f} {interval}'.replace('-', '−')
+    return f'{row.measure} {direction} by {abs(row.gap):.2f} {interval}'.replace('-0.00', '0.00').replace('-', '−')
 
 # %% ../../nbs/754_bias.gaps.ipynb #f8691abd
 def gap_figure(
@@ -244,5 +248,5 @@ def gap_figure(
     "The AUC of each group with its 95 % interval, beside that of all test patients"
     rows = table[table.metric == 'roc_auc']
     rows = rows.loc[rows.patients.sort_values(ascending=False, kind='stable').index[:most]].sort_index()
-    names = rows.attribute.str.cat(rows.group, ' ')
+    names = [f'{a} {short_name(g)}' for a, g in zip(rows.attribute, rows.group)]
     return forest_figure(forest_rows(rows.assign(name=names), {'all test patients': auc_interval(y, p)}))

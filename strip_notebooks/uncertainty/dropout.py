@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from ..bundle import class_probabilities
+from ..calibration import apply_calibration
 from ..core import StripError, derive_seed, plural
 
 # %% ../../nbs/650_uncertainty.dropout.ipynb #4192d413
@@ -138,6 +138,6 @@ def dropout_probabilities(
         x = bundle.batch(pixels[i:i + batch_size])
         once = check_dropout(bundle.model, x)
         logits = _passes(bundle.model, x, seeds, once)
-        p = class_probabilities(logits.reshape(-1, logits.shape[2]), bundle.temperature)
+        p = apply_calibration(logits.reshape(-1, logits.shape[2]), bundle.spec['calibration'])
         out.append(p.reshape(logits.shape))
     return np.concatenate(out, axis=1)
