@@ -85,7 +85,8 @@ def run_all(path, folder):
 def test_notebooks_run_from_top_to_bottom(empty_workspace, monkeypatch):
     "One after the other, as the first of them draws the example; nothing goes into a red box"
     monkeypatch.chdir(empty_workspace/'nbs'/'explore')
-    kinds = dict(cohort='CohortBrowser', runs='RunBrowser', threshold='ThresholdExplorer', gallery='PatientGallery')
+    kinds = dict(cohort='CohortBrowser', runs='RunBrowser', threshold='ThresholdExplorer', gallery='PatientGallery',
+                 heat='HeatExplorer', embedding='EmbeddingExplorer')
     for path in explorers:
         names, outputs = run_all(path, empty_workspace/'nbs'/'explore')
         assert not [o for o in outputs if o.get('name') == 'stderr'], path.stem
@@ -188,7 +189,67 @@ def use_runs(page):
     }""")
     page.wait_for_function("() => window.jupyterapp.shell.currentWidget?.title.label === 'runs.ipynb'")
 
-use = dict(cohort=use_cohort, gallery=use_gallery, runs=use_runs, threshold=use_threshold)
+def use_heat(page):
+    "Patient, class, method, layer and opacity change the picture; the slider changes the picture alone"
+    from playwright.sync_api import expect
+    words, picture, bars = page.locator('.strip-summary'), page.locator('img.strip-picture'), page.locator('.strip-bars')
+    expect(words).to_contain_text('Grad-CAM for')
+    expect(words).to_contain_text('outside the tissue')
+    expect(bars).to_contain_text('p(LAA)')
+    said, drawn = words.inner_text(), picture.get_attribute('src')
+    slider = page.locator('.strip-opacity [role=slider]')
+    slider.focus()
+    for _ in range(4): slider.press('ArrowLeft')
+    expect(picture).not_to_have_attribute('src', drawn)
+    expect(words).to_have_text(said, use_inner_text=True)
+    for menu, entry, text in (('class', 'LAA rather than CE', 'Grad-CAM for LAA rather than CE'),
+                              ('method', 'Layer-CAM', 'Layer-CAM for LAA rather than CE'), ('layer', 'blocks.0', 'strongest heat')):
+        drawn = picture.get_attribute('src')
+        page.locator(f'.strip-{menu} select').select_option(label=entry)
+        expect(words).to_contain_text(text)
+        expect(picture).not_to_have_attribute('src', drawn)
+    said = bars.inner_text()
+    page.locator('.strip-patient select').select_option(index=8)
+    expect(bars).not_to_have_text(said, use_inner_text=True)
+    page.locator('.strip-method select').select_option(index=4)
+    expect(words).to_contain_text('passes and')
+    page.locator('.strip-method select').select_option(index=0)
+    expect(words).to_contain_text('Grad-CAM for')
+    picture.scroll_into_view_if_needed()
+
+def use_embedding(page):
+    "The pointer shows an image, a line drawn with the mouse selects some, and another projection moves the points"
+    from playwright.sync_api import expect
+    words, shown, hovered = (page.locator(f'.strip-{n}') for n in ('summary', 'page', 'hovered'))
+    expect(words).to_contain_text('draw a line around points')
+    expect(shown.locator('img')).to_have_count(24)
+    plot = page.locator('.strip-scatter canvas').last
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    def move(x, y, steps=4): page.mouse.move(box['x'] + x*box['width'], box['y'] + y*box['height'], steps=steps)
+    for y in range(20, 96, 4):                  # until a point was under the pointer
+        if hovered.locator('img').count(): break
+        move(.05, y/100)
+        move(.95, y/100, 60)
+    expect(hovered.locator('img')).to_have_count(1)
+    move(.04, .12)
+    page.mouse.down()
+    for corner in ((.5, .12), (.5, .96), (.04, .96), (.04, .13)): move(*corner)
+    page.mouse.up()
+    expect(words).to_contain_text('Selected: ')
+    page.locator('.strip-order select').select_option(label='the most wrong first')
+    expect(shown.locator('figure').first).to_contain_text('wrong')
+    page.locator('.strip-color select').select_option(label='center')
+    expect(words).to_contain_text('Selected: ')
+    if os.environ.get('STRIP_LAB_PICTURES'):
+        words.scroll_into_view_if_needed()
+        page.wait_for_timeout(1000)
+        page.screenshot(path=Path(os.environ['STRIP_LAB_PICTURES'])/'explore_embedding_selected.png')
+    page.locator('.strip-projection select').select_option(label='t-SNE')
+    expect(words).to_contain_text('draw a line around points')
+
+use = dict(cohort=use_cohort, gallery=use_gallery, runs=use_runs, threshold=use_threshold, heat=use_heat,
+           embedding=use_embedding)
 
 @pytest.mark.parametrize('path', explorers, ids=name)
 def test_in_jupyterlab(lab, page, path):

@@ -166,8 +166,8 @@ def _head_methods(patients, spec, seed):
     "Name -> scores and decisions of the fitted heads on the test patients"
     train, val, test = (patients.split == s for s in ('train', 'val', 'test'))
     y, groups = patients.y[train], patients.groups[train]
-    heads = {'last layer fitted again': {}, 'last layer, re-weighted': dict(weights=group_weights(y, groups)),
-             'last layer, balanced groups': dict(rows=balanced_rows(y, groups, seed))}
+    heads = {'last layer fitted again': {}, 'last layer re-weighted': dict(weights=group_weights(y, groups)),
+             'last layer on balanced groups': dict(rows=balanced_rows(y, groups, seed))}
     rule = 'youden' if spec['rule'] == 'fixed' else spec['rule']
     for name, how in heads.items():
         p = refitted_head(patients, **how)

@@ -53,10 +53,10 @@ def smallest_gap(
     return float(gaps[enough.argmax()]) if enough.any() else float('nan')
 
 # %% ../../nbs/770_bias.power.ipynb #3e6aa062
-def _power_note(rest, gap):
-    "What a reader must know about the smallest gap below the AUC of the rest"
+def _power_note(level, gap):
+    "What a reader must know about the smallest gap below an AUC"
     if np.isnan(gap): return 'no gap could have been shown'
-    return 'a group at chance would not have been shown' if gap > rest - .5 else ''
+    return 'a group at chance would not have been shown' if gap > level - .5 else ''
 
 # %% ../../nbs/770_bias.power.ipynb #2f22ff17
 def power_table(
@@ -69,6 +69,7 @@ def power_table(
     rows = []
     for grouping in groupings:
         y, p, groups = grouped_arrays(grouping, patients, positive)
+        level = max(.5, auc(y, p))      # not a number with one class: then no group is large enough
         for name in grouping.names:
             there = groups == name
             row = dict(attribute=grouping.words, group=name, patients=int(there.sum()), positives=int(y[there].sum()))
@@ -76,8 +77,7 @@ def power_table(
                 rows.append(dict(row, note='too few patients of a class'))
                 continue
             counts = [(int(y[some].sum()), int((1 - y[some]).sum())) for some in (there, ~there)]
-            rest = auc(y[~there], p[~there])
-            gaps = [smallest_gap(rest, *counts, alpha) for alpha in (.05/max(1, n_tests), .05)]
-            rows.append(dict(row, smallest_gap=gaps[0], smallest_gap_alone=gaps[1], note=_power_note(rest, gaps[0])))
+            gaps = [smallest_gap(level, *counts, alpha) for alpha in (.05/max(1, n_tests), .05)]
+            rows.append(dict(row, smallest_gap=gaps[0], smallest_gap_alone=gaps[1], note=_power_note(level, gaps[0])))
     columns = ['attribute', 'group', 'patients', 'positives', 'smallest_gap', 'smallest_gap_alone', 'note']
     return pd.DataFrame(rows, columns=columns)

@@ -10,6 +10,7 @@ __all__ = ['unchanged', 'metric_words', 'Predictor', 'model_predictor', 'mean_co
 
 # %% ../../nbs/710_robustness.scores.ipynb #aac9dc6f
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import cv2
@@ -144,15 +145,20 @@ class Effects:
     here:np.ndarray     # (K, M) the metrics of each condition
     drawn:np.ndarray    # (B, K, M) those of each resample
 
-    @property
+    @cached_property
     def y(self)->np.ndarray: # (P,) 0 or 1
         "Which patients are of the positive class"
         return patient_arrays(self.patients[unchanged], self.predictor.positive)[0]
 
-    @property
+    @cached_property
     def smaller(self)->int: # 0 or more
         "Patients of the smaller class"
         return int(min(self.y.sum(), (1 - self.y).sum()))
+
+    @cached_property
+    def level(self)->float:
+        "The level at which a percentile interval covers 95 % with these patients; NaN without two of each class"
+        return expanded_level(self.smaller) if self.smaller > 1 else np.nan
 
 # %% ../../nbs/710_robustness.scores.ipynb #6dfd9af1
 def effects(
@@ -173,7 +179,7 @@ def effects(
 def _change(e, values, here, metric):
     "The change (B,) of a metric in the resamples, and in the data, as an `Estimate`"
     if e.smaller < 2 or metric == 'calibration_error': return Estimate(float(here), np.nan, np.nan)
-    return interval(values, here, expanded_level(e.smaller))
+    return interval(values, here, e.level)
 
 def _p_values(e):
     "Condition -> DeLong's p-value of the change of the AUC"
@@ -298,7 +304,7 @@ def ranking_table(
 def _cell(ax, column, row, r, most):
     "The text of one cell"
     decided = r.p_holm < .05 and not r.low <= 0 <= r.high
-    text = f'{r.value:+.2f}'.replace('-', '−')
+    text = f'{r.value:+.2f}'.replace('-', '−') if abs(r.value) >= .005 else '0.00'
     dark = abs(r.value) > .6*most
     style = dict(color='w' if dark else 'k', fontweight='bold') if decided else dict(color='.85' if dark else '.4')
     ax.text(column, row, text if decided else f'({text})', ha='center', va='center', fontsize=7, **style)
