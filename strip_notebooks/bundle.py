@@ -51,7 +51,7 @@ class Outliers(BaseModel):
     model_config = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
     method:Literal['mahalanobis'] = 'mahalanobis'   # Distance of the embedding to the nearest class mean
     threshold:float = Field(gt=0)                   # An image at a larger distance is an outlier
-    share:float = Field(ge=0, le=1)                 # Share of validation patients with an image beyond it
+    share:float = Field(gt=0, lt=1)                 # Share of patients of the same source that may have such an image
     patients:int = Field(ge=1)                      # Validation patients that the threshold comes from
     layer:str = Field('', max_length=200)           # Layer of the embedding; empty is the last one
 

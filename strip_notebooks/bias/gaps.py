@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['metric_words', 'by_prevalence', 'gap_estimate', 'group_estimates', 'permuted_members', 'group_p_values',
-           'enough_permutations', 'grouped_arrays', 'large_enough', 'gap_table', 'shown_gaps', 'widest_gap', 'is_worse',
+           'enough_permutations', 'grouped_arrays', 'large_enough', 'gap_table', 'is_worse', 'shown_gaps', 'widest_gap',
            'gap_words', 'gap_figure']
 
 # %% ../../nbs/754_bias.gaps.ipynb #07186ccd
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .groups import least_of_class
-from ..core import StripError, plural
+from ..core import StripError, plural, short_name
 from ..metrics.centers import forest_figure, forest_rows
 from ..metrics.compare import better_when_higher
 from ..metrics.intervals import metric_estimates
@@ -133,6 +133,11 @@ def _bounds(name, estimate):
     "An estimate as three cells"
     return dict(zip((name, f'{name}_low', f'{name}_high'), estimate))
 
+def _too_few(y):
+    "Why a group has no gap: it or its rest is too small"
+    alone = min((y == label).sum() for label in (0, 1)) < least_of_class
+    return 'too few patients of a class' + ('' if alone else ' in the rest')
+
 def _group_rows(common, arrays, member, point, resampling):
     "A row per metric, or one that says that there are too few patients"
     y, p = arrays
@@ -140,7 +145,7 @@ def _group_rows(common, arrays, member, point, resampling):
     nothing = Estimate(*[float('nan')]*3)
     if not large_enough(y, member):
         yield dict(common, metric='roc_auc', measure='AUC', **nothing._asdict(), **_bounds('rest', nothing),
-                   **_bounds('gap', nothing), note='too few patients of a class')
+                   **_bounds('gap', nothing), note=_too_few(y[member]))
         return
     group, rest = (group_estimates(y[there], p[there], point, resampling) for there in (member, ~member))
     for m in metric_names:
@@ -198,13 +203,25 @@ def gap_table(
     return table
 
 # %% ../../nbs/754_bias.gaps.ipynb #552672aa
+def is_worse(
+    row,    # A row of `gap_table`
+)->bool:
+    "Whether the group does worse than the rest in this metric"
+    return bool((row.gap < 0) == (row.metric in better_when_higher))
+
+def _widest_first(rows):
+    "Rows of a gap table: metrics in the order of importance, then wide gaps before small ones, worse groups first"
+    importance = ['roc_auc', 'balanced_accuracy', 'sensitivity', 'specificity', *metric_names]
+    order = pd.DataFrame(dict(metric=rows.metric.map(importance.index), size=-rows.gap.abs().round(12),
+                              better=[not is_worse(row) for row in rows.itertuples()]), index=rows.index)
+    return rows.loc[order.sort_values(list(order), kind='stable').index]
+
+# %% ../../nbs/754_bias.gaps.ipynb #07d3237b
 def shown_gaps(
     table:pd.DataFrame, # From `gap_table`
 )->pd.DataFrame:
-    "The gaps with a corrected p-value below 0.05: those of the AUC first, in each the widest first"
-    found = table[table.p_holm < .05]
-    order = pd.DataFrame(dict(other=found.metric != 'roc_auc', size=-found.gap.abs()))
-    return found.loc[order.sort_values(['other', 'size'], kind='stable').index]
+    "The gaps with a corrected p-value below 0.05: metrics in the order of importance, in each the widest first"
+    return _widest_first(table[table.p_holm < .05])
 
 def widest_gap(
     table:pd.DataFrame, # From `gap_table`
@@ -212,17 +229,10 @@ def widest_gap(
     "The widest shown gap in AUC, or in another metric if none is shown there; without shown gaps the widest in AUC"
     found = shown_gaps(table)
     if not len(found):
-        found = table[(table.metric == 'roc_auc') & table.gap.notna()]
-        found = found.loc[found.gap.abs().sort_values(ascending=False, kind='stable').index]
+        found = _widest_first(table[(table.metric == 'roc_auc') & table.gap.notna()])
     return found.iloc[0] if len(found) else None
 
 # %% ../../nbs/754_bias.gaps.ipynb #242fbb84
-def is_worse(
-    row,    # A row of `gap_table`
-)->bool:
-    "Whether the group does worse than the rest in this metric"
-    return bool((row.gap < 0) == (row.metric in better_when_higher))
-
 def gap_words(
     row,    # A row of `gap_table`
 )->str:     # Such as 'AUC lower by 0.41 (95 % CI 0.20–0.60)'
@@ -232,7 +242,7 @@ def gap_words(
     direction = 'lower' if row.gap < 0 else 'higher'
     between = f'{ends[0]:.2f} to {ends[1]:.2f}' if ends[0] < 0 else f'{ends[0]:.2f}–{ends[1]:.2f}'
     interval = '(no interval)' if np.isnan(row.gap_low) else f'(95 % CI {between})'
-    return f'{row.measure} {direction} by {abs(row.gap):.2f} {interval}'.replace('-', '−')
+    return f'{row.measure} {direction} by {abs(row.gap):.2f} {interval}'.replace('-0.00', '0.00').replace('-', '−')
 
 # %% ../../nbs/754_bias.gaps.ipynb #f8691abd
 def gap_figure(
@@ -244,5 +254,5 @@ def gap_figure(
     "The AUC of each group with its 95 % interval, beside that of all test patients"
     rows = table[table.metric == 'roc_auc']
     rows = rows.loc[rows.patients.sort_values(ascending=False, kind='stable').index[:most]].sort_index()
-    names = rows.attribute.str.cat(rows.group, ' ')
+    names = [f'{a} {short_name(g)}' for a, g in zip(rows.attribute, rows.group)]
     return forest_figure(forest_rows(rows.assign(name=names), {'all test patients': auc_interval(y, p)}))

@@ -59,7 +59,7 @@ def names_patients(
     return bool(counts[counts >= fewest_shown].sum() < len(filled)/2)
 
 # %% ../../nbs/750_bias.groups.ipynb #0b96ec75
-fewest_in_band = 10     # Patients: fewer at either end of the ages join the next decade
+fewest_in_band = 20     # Patients: fewer at either end of the ages join the next decade
 
 def _decade_cuts(values):
     "Where decades begin, without those that would leave few patients below or above"
@@ -77,11 +77,12 @@ def _thirds(values):
 def number_bands(
     values:pd.Series,       # Numbers, NaN where missing
     decades:bool=False,     # Whether they are ages
+    among=None,             # The part of the index that the bands are made for; None takes all
 )->pd.Series:               # Such as '<60', '60–69', '≥70'; None where missing
     "The band of each number"
-    known = values.dropna()
-    cuts = _decade_cuts(known) if decades else []
-    cuts = cuts or _thirds(known)
+    known = values[values.index if among is None else among].dropna()
+    cuts = _decade_cuts(known) if decades and len(known) else []
+    if not cuts and len(known): cuts = _thirds(known)
     if not cuts: return values.map(lambda v: f'{v:,.10g}').astype(object).where(values.notna(), None)
     between = [f'{a:g}–{b - 1:g}' if decades and b - a == 10 else f'{a:,.10g} to <{b:,.10g}'
                for a, b in zip(cuts, cuts[1:])]
@@ -157,7 +158,7 @@ def patient_groups(
                          'compared by it. Round a measurement, or join rare values.')
     numeric = pd.api.types.is_numeric_dtype(values)
     is_age = 'age' in re.split(r'[\W_\d]+', name.lower())
-    named = number_bands(values, is_age) if numeric else values
+    named = number_bands(values, is_age, list(ids)) if numeric else values
     groups = without_rare(named.where(named.notna(), 'unknown'), ids)
     compared, images = pd.Index(ids), cohort.patient_id.isin(ids).to_numpy()
     notes = _notes(words, cells[images], cohort.patient_id[images], values[compared], groups[compared])
@@ -229,7 +230,7 @@ def all_groupings(
         try: found.append(_grouping(cohort, name, ids, measures))
         except GroupError as e:
             if attributes: raise
-            left_out.append(str(e))
+            if name not in ('n_images', 'image_size'): left_out.append(str(e))
     found += [_pair(cohort, pair, ids, measures) for pair in intersections]
     if not found:
         raise GroupError('There is no attribute to compare patients by; add a column such as sex to the cohort.')

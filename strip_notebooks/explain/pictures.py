@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['heat_colors', 'color_bar_words', 'groups', 'heat_share_outside', 'heat_share', 'overlay', 'color_bar',
-           'side_by_side_figure', 'notable_patients', 'contact_sheet_figure']
+           'side_by_side_figure', 'decisions', 'notable_patients', 'contact_sheet_figure']
 
 # %% ../../nbs/608_explain.pictures.ipynb #dd11298c
 import numpy as np
@@ -89,10 +89,14 @@ def side_by_side_figure(
     return fig
 
 # %% ../../nbs/608_explain.pictures.ipynb #668803ef
-def _confidence(patients, positive, threshold):
-    "The predicted class of each patient, and how far the model is from predicting another"
-    classes = classes_of(patients)
-    p = patients[[f'p_{c}' for c in classes]].to_numpy(float)
+def decisions(
+    predictions:pd.DataFrame,   # Predictions, per image or per patient
+    positive:str,               # The positive class
+    threshold:float,            # Classified as positive at or above this probability, 0 to 1
+)->tuple:                       # (N,) names of classes, (N,) from 0 to 1
+    "The predicted class of each row, and how far the model is from predicting another"
+    classes = classes_of(predictions)
+    p = predictions[[f'p_{c}' for c in classes]].to_numpy(float)
     others = [k for k,c in enumerate(classes) if c != positive]
     best = np.array(others)[p[:, others].argmax(1)]
     at = classes.index(positive)
@@ -112,7 +116,7 @@ def notable_patients(
 )->pd.DataFrame:            # group, image_id, label, predicted, p: one row per patient and group
     "The patients whose maps should be seen, each with the image that is nearest to the patient's probability"
     column, table = f'p_{bundle.positive}', aggregate_patients(images, bundle.how)
-    table['predicted'],table['confidence'] = _confidence(table, bundle.positive, bundle.threshold)
+    table['predicted'],table['confidence'] = decisions(table, bundle.positive, bundle.threshold)
     own = images[images.image_id.isin(shown)].merge(table[['patient_id', column, 'predicted', 'confidence']],
                                                     on='patient_id', suffixes=('_image', ''))
     own = own.assign(p=own[column], gap=abs(own[f'{column}_image'] - own[column]))

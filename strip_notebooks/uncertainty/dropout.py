@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from ..bundle import class_probabilities
+from ..calibration import apply_calibration
 from ..core import StripError, derive_seed, plural
 
 # %% ../../nbs/650_uncertainty.dropout.ipynb #4192d413
@@ -132,12 +132,15 @@ def dropout_probabilities(
     batch_size:int=64,  # Images at a time
 )->np.ndarray:          # (M, N, C), float64, each row sums to 1
     "The calibrated probabilities of each of M networks that lack other features; a `DropoutError` without dropout"
+    if not hasattr(bundle.engine, 'model'):
+        raise DropoutError(f'A bundle with the runtime {bundle.runtime!r} has no PyTorch network whose dropout could '
+                           'be sampled; use test-time augmentation, or the bundle that it was derived from.')
     seeds = [derive_seed(seed, 'dropout', k) for k in range(passes)]
     out = [np.zeros((passes, 0, len(bundle.classes)))]
     for i in range(0, len(pixels), batch_size):
         x = bundle.batch(pixels[i:i + batch_size])
         once = check_dropout(bundle.model, x)
         logits = _passes(bundle.model, x, seeds, once)
-        p = class_probabilities(logits.reshape(-1, logits.shape[2]), bundle.temperature)
+        p = apply_calibration(logits.reshape(-1, logits.shape[2]), bundle.spec['calibration'])
         out.append(p.reshape(logits.shape))
     return np.concatenate(out, axis=1)
