@@ -125,7 +125,7 @@ def figure_canvas(
     canvas = Canvas(fig)
     FigureManager(canvas, 0)
     canvas.header_visible = canvas.footer_visible = canvas.resizable = False
-    canvas.toolbar_visible, canvas.toolbar_position, canvas.layout.flex = 'visible', 'bottom', '0 0 auto'
+    canvas.toolbar_visible, canvas.toolbar_position = 'visible', 'right'
     canvas.toolbar.toolitems = [t for t in canvas.toolbar.toolitems if t[0] != 'Download']
     if name: canvas.add_class(name)
     return canvas
@@ -148,11 +148,11 @@ class EmbeddingExplorer(Explorer):
         self.canvas = figure_canvas(Figure(figsize=(5.4, 4), layout='constrained'), 'strip-scatter')
         self.ax = self.canvas.figure.subplots()
         self.canvas.mpl_connect('motion_notify_event', self.on_move)
-        self.plot = widgets.HBox([self.canvas], layout=widgets.Layout(align_items='flex-start'))
+        self.plot = widgets.HBox(layout=widgets.Layout(align_items='flex-start'))
         for name in ('hovered', 'summary', 'page'):
             setattr(self, name, widgets.HTML())
             getattr(self, name).add_class(f'strip-{name}')
-        self.plot.children = self.canvas, self.hovered
+        self.plot.children, self.hovered.layout.min_width = (self.canvas, self.hovered), '264px'
         super().__init__([self.model, self.method, self.color, self.order], [self.plot, self.summary, self.page],
                          [self.model, self.method])
 
@@ -215,10 +215,11 @@ def _draw(self):
     _show_images(self)
 
 def _on_select(self, line)->None:   # Corners of the line
-    "Select the points within a line; a click selects none"
+    "Select the points within a line; a click selects none, and the part of the plot that is seen stays"
     self.lasso.disconnect_events()
-    self.selected = points_within(self.points, line)
+    self.selected, limits = points_within(self.points, line), dict(xlim=self.ax.get_xlim(), ylim=self.ax.get_ylim())
     self.draw()
+    self.ax.set(**limits)
 
 def _on_move(self, event)->None:    # Matplotlib's event
     "Show the image under the pointer, until the pointer is on another one"

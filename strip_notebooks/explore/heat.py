@@ -17,6 +17,7 @@ import numpy as np
 from ..core import StripError, class_colors, figure_name, plural
 from ..data.preprocess import tissue_mask
 from ..explain.cam import cam_methods, heat_maps, most_channels, network_of, target_layers
+from ..explain.network import check_network
 from ..explain.pictures import (color_bar, contact_sheet_figure, heat_share_outside, notable_patients,
                                               overlay)
 from .parts import Explorer, figure_png, kept_picture, menu, paragraph, said, set_options
@@ -45,7 +46,10 @@ def layer_options(
     network:Network,    # A network
 )->list:                # (text, value) pairs, from the last layer to the first
     "The entries of the menu of layers"
-    try: names = target_layers(network_of(network.bundle))
+    try:
+        model = network_of(network.bundle)
+        check_network(model, network.bundle.batch(network.pixels[:1]))
+        names = target_layers(model)
     except StripError: names = []
     return [('last', ''), *((name, name) for name in names[::-1])]
 
