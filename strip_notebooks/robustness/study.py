@@ -200,7 +200,7 @@ def coverage_part(
 )->Part:
     "How far prediction sets keep their coverage under corruption"
     try: limits = bundle.spec.get('conformal') or fit_conformal(predictions, bundle.classes, bundle.how)
-    except StripError as e: return Part([f'How prediction sets fare is not known: {e}'])
+    except StripError as e: return Part([f'How prediction sets fare is not known. {e}'])
     order = [classes_of(predictions).index(name) for name in bundle.classes]
     def sets(p): return conformal_sets(p[:, order], limits)[:, np.argsort(order)]
     table = coverage_table(c.effects, sets, settings.resamples, settings.seed)
@@ -293,7 +293,7 @@ def center_part(
     try:
         if left_out is None: shift = new_center_shift(predictions, **how)
         else: shift = left_out_shift(predictions, left_out, **how)
-    except StripError as e: return Part([f'How the model does at a new center is not known: {e}'])
+    except StripError as e: return Part([f'How the model does at a new center is not known. {e}'])
     caption = 'Patient AUC at known and at new centers, 95 % CI'
     metrics = dict(center_shift=shift.difference.value, centers_disjoint=int(shift.disjoint))
     return Part([center_sentence(shift)], dict(centers=(shift.table, caption)),
