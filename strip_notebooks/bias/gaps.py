@@ -133,6 +133,11 @@ def _bounds(name, estimate):
     "An estimate as three cells"
     return dict(zip((name, f'{name}_low', f'{name}_high'), estimate))
 
+def _too_few(y):
+    "Why a group has no gap: it or its rest is too small"
+    alone = min((y == label).sum() for label in (0, 1)) < least_of_class
+    return 'too few patients of a class' + ('' if alone else ' in the rest')
+
 def _group_rows(common, arrays, member, point, resampling):
     "A row per metric, or one that says that there are too few patients"
     y, p = arrays
@@ -140,7 +145,7 @@ def _group_rows(common, arrays, member, point, resampling):
     nothing = Estimate(*[float('nan')]*3)
     if not large_enough(y, member):
         yield dict(common, metric='roc_auc', measure='AUC', **nothing._asdict(), **_bounds('rest', nothing),
-                   **_bounds('gap', nothing), note='too few patients of a class')
+                   **_bounds('gap', nothing), note=_too_few(y[member]))
         return
     group, rest = (group_estimates(y[there], p[there], point, resampling) for there in (member, ~member))
     for m in metric_names:
@@ -205,8 +210,9 @@ def is_worse(
     return bool((row.gap < 0) == (row.metric in better_when_higher))
 
 def _widest_first(rows):
-    "Rows of a gap table: the AUC before other metrics, wide gaps before small ones, worse groups before better ones"
-    order = pd.DataFrame(dict(other=rows.metric != 'roc_auc', size=-rows.gap.abs().round(12),
+    "Rows of a gap table: metrics in the order of importance, then wide gaps before small ones, worse groups first"
+    importance = ['roc_auc', 'balanced_accuracy', 'sensitivity', 'specificity', *metric_names]
+    order = pd.DataFrame(dict(metric=rows.metric.map(importance.index), size=-rows.gap.abs().round(12),
                               better=[not is_worse(row) for row in rows.itertuples()]), index=rows.index)
     return rows.loc[order.sort_values(list(order), kind='stable').index]
 
@@ -214,7 +220,7 @@ def _widest_first(rows):
 def shown_gaps(
     table:pd.DataFrame, # From `gap_table`
 )->pd.DataFrame:
-    "The gaps with a corrected p-value below 0.05: those of the AUC first, in each the widest first"
+    "The gaps with a corrected p-value below 0.05: metrics in the order of importance, in each the widest first"
     return _widest_first(table[table.p_holm < .05])
 
 def widest_gap(

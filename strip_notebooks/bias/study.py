@@ -161,7 +161,7 @@ def p_words(
 
 def _named(row):
     "A group with its attribute, such as 'sex F'"
-    return f'{row.attribute} {row.group}'
+    return row.group if row.group == 'training centers' else f'{row.attribute} {row.group}'
 
 def _capital(text): return text[:1].upper() + text[1:]
 
@@ -234,7 +234,7 @@ def parity_sentences(
     positive:str,       # The positive class
 )->list:                # A sentence, or none
     "The attribute between whose groups the share classified as positive differs most, if it is shown to differ"
-    rows = table[(table.criterion == 'demographic parity') & (table.low > 0)]
+    rows = table[(table.criterion == 'demographic parity') & (table.low > .01)]
     if not len(rows): return []
     row = rows.loc[rows.low.idxmax()]
     return [f'The share of patients that is classified as {positive} differs by up to '

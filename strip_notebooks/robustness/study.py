@@ -93,7 +93,7 @@ def nothing_to_lose(
     if value.high < .5:
         return f'The model ranks test patients the wrong way round {text}: its robustness cannot be judged.'
     if value.low > .5: return ''
-    return ('The model is not distinguishable from chance on unchanged images, so it has nothing to lose, '
+    return ('The model is not distinguishable from chance on unchanged test images, so it has nothing to lose, '
             f'and its robustness cannot be judged {text}.')
 
 # %% ../../nbs/738_robustness.study.ipynb #66c4eecc
