@@ -28,9 +28,11 @@ from .uncertainty.conformal import conformal_sets, conformal_words, set_words
 from .uncertainty.outliers import bundle_outliers
 
 # %% ../nbs/930_predict.ipynb #59dc0fc3
+_with_bundle = ['train', 'derive', 'crossval', 'uncertainty']   # Steps whose runs hold a bundle
+
 def _model_run(run):
-    "The run of train, derive or crossval that a run is, or builds on"
-    while run.step not in ('train', 'derive', 'crossval'):
+    "The run with a bundle that a run is, or builds on"
+    while run.step not in _with_bundle:
         links = run.links
         run = next(links[step] for step in ('derive', 'train', 'evaluate') if step in links)
     return run
@@ -42,7 +44,7 @@ def bundle_folder(
     "The bundle that is meant; a `StripError` if there is none"
     if not str(where).strip(): raise StripError('No model is named; give the folder of a bundle, or a run.')
     if (Path(where)/'bundle.json').exists(): return Path(where)
-    try: return _model_run(find_run(where, ['train', 'derive', 'crossval', 'evaluate', 'report'], root)).bundle
+    try: return _model_run(find_run(where, [*_with_bundle, 'evaluate', 'report'], root)).bundle
     except RunError:
         raise StripError(f'{where} is neither the folder of a bundle nor a run; '
                          '`clot runs` lists the runs that exist.') from None

@@ -101,7 +101,7 @@ def error_tables(
     about = (f'Which uncertainty finds wrong decisions: AUC, 0.5 is chance; the difference is to {found.reference} '
              f'({of})')
     tables = dict(detection=(detection[_detection_columns], about),
-                  areas=(areas, 'Errors among the patients that are decided first: area under the curve, lower is better'),
+                  areas=(areas, 'Errors among the patients that are decided first: a lower area is better'),
                   uncertainty=(found.patients.assign(wrong=found.wrong, **found.scores), ''))
     return detection, tables
 
