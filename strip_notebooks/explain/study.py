@@ -211,7 +211,8 @@ def _ground_sentence(found):
 def _curve_sentence(found):
     "Whether the model depends on what its maps show"
     out, back = (found[name] for name in found if name.startswith(('deletion', 'insertion')))
-    sides, worse = (_side(out), _side(back)), ' (below 0: worse than at random)' if min(out.value, back.value) < 0 else ''
+    sides = _side(out), _side(back)
+    worse = ' (below 0: worse than at random)' if min(out.value, back.value) < 0 else ''
     numbers = (f'while the hottest tissue is removed first, the probability of the target is {estimate_text(out, 3)} '
                'lower than in random orders of the same tissue that are equally smooth and at equal depth, and '
                f'{estimate_text(back, 3)} higher while it is put back first{worse}')
@@ -230,9 +231,9 @@ def _random_sentence(found):
     if np.isnan(trained.low): return unclear.format('the heat maps change with the weights')
     numbers = (f'the rank correlation within the tissue is {estimate_text(trained)}, where 1 is the same map and less '
                f'than {most_alike} counts here as another; two networks of random weights have {estimate_text(chance)}')
-    if trained.high < most_alike: return f'With random weights instead of the trained ones, the heat maps change: {numbers}.'
-    if trained.low > most_alike: return ('With random weights instead of the trained ones, the heat maps change little, '
-                                 f'so they show the image more than what was learned: {numbers}.')
+    start = 'With random weights instead of the trained ones, the heat maps change'
+    if trained.high < most_alike: return f'{start}: {numbers}.'
+    if trained.low > most_alike: return f'{start} little, so they show the image more than what was learned: {numbers}.'
     return f'Whether the heat maps change enough with random weights is open: {numbers}.'
 
 def _glass_sentence(found):

@@ -206,7 +206,7 @@ def robustness_index(
     if images.patient_id.nunique() < 5:
         return RobustnessIndex(nan, nan, none, 'fewer than 5 patients of a known center')
     if len(images) < 2*k:
-        note = f'{plural(k, "neighbor")} of an image need {2*k} images of known centers, and there are {len(images)}'
+        note = f'only {plural(len(images), "image")} of known centers; {plural(k, "neighbor")} need twice as many'
         return RobustnessIndex(nan, nan, none, note)
     counts = _counts(nearest_images(values, images.patient_id, k), images)
     (so, so_all, _), (os, os_all, _) = [[c.sum() for c in kind] for kind in counts]
