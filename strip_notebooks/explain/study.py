@@ -167,10 +167,10 @@ def _estimates(table):
     "Measure -> `Estimate`"
     return {r.measure: Estimate(r.value, r.low, r.high) for r in table.itertuples()}
 
-def _side(e):
-    "1 if an interval is above 0, -1 if below, 0 if it includes 0, None if there is none"
+def _side(e, digits=3):
+    "1 if an interval as it is printed is above 0, -1 if below, 0 if it includes 0, None if there is none"
     if np.isnan(e.low): return None
-    return int(e.low > 0) - int(e.high < 0)
+    return int(round(e.low, digits) > 0) - int(round(e.high, digits) < 0)
 
 def chance_sentence(
     bundle,                     # The model
