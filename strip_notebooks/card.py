@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .bundle import bundle_contents, card_names, save_bundle
+from .calibration import calibration_words
 from .core import StripError, write_text
 from .findings import estimate_text
 from .metrics.evaluation import rule_words
@@ -22,6 +23,8 @@ from .metrics.scores import scores
 from .predictions import aggregate_patients
 from .runs import Run, list_runs
 from .statistics import Estimate
+from .uncertainty.conformal import conformal_words
+from .uncertainty.outliers import outlier_words
 
 # %% ../nbs/920_card.ipynb #50ad7be3
 intended_use = ('Research on the origin of stroke clots: to compare methods, and to plan studies. '
@@ -38,7 +41,8 @@ def _model_section(body):
     return dict(architecture=spec['arch'] or body['runtime'], runtime=body['runtime'], classes=spec['classes'],
                 positive=spec['positive'], threshold=spec['threshold'], chosen_by=rule_words(spec),
                 aggregation=spec['how'],
-                temperature=(spec['calibration'] or dict(temperature=1.))['temperature'],
+                calibration=calibration_words(spec['calibration']),
+                prediction_sets=conformal_words(spec['conformal']), outliers=outlier_words(spec['outliers']),
                 preprocessing={k: v for k, v in spec['preprocessing'].items() if k != 'reading'},
                 derived_from=body['parent'])
 

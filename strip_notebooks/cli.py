@@ -405,14 +405,15 @@ def _add_demo(command):
 def _add_run(command):
     "The options of `clot run`"
     command.add_argument('step', nargs='?', metavar='STEP',
-                         help='prepare, train, crossval, derive, evaluate, explain, features, uncertainty, robustness, bias, '
-                              'report, or the path of a notebook')
+                         help='prepare, train, crossval, derive, evaluate, explain, features, uncertainty, '
+                              'robustness, bias, report, or the path of a notebook')
     command.add_argument('-h', '--help', '--list', dest='help', action='store_true',
                          help='show this page; with a STEP, its parameters and their ranges')
     _add_parameters(command, 'epochs=3')
     _option(command, 'resume', 'RUN', 'resume a run that failed or was interrupted, by its name or folder')
     _option(command, 'repeat', 'RUN', 'run again with the parameters and the number of threads of an earlier run')
 
+# %% ../nbs/990_cli.ipynb #91152a55
 def _add_runs(command):
     "The options of `clot runs`"
     command.add_argument('compare', nargs='*', metavar='RUN',

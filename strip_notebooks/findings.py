@@ -75,7 +75,7 @@ def estimate_text(
     digits:int=2,       # Decimals
 )->str:                 # Such as '0.56 (95 % CI 0.42–0.68)'
     "A number with its interval as a report prints it"
-    value, low, high = (f'{v:.{digits}f}'.replace('-', '−') for v in estimate)
+    value, low, high = (f'{round(v, digits) + 0.:.{digits}f}'.replace('-', '−') for v in estimate)    # no '−0.00'
     to = ' to ' if estimate.low < 0 else '–'
     if np.isnan(estimate.value): return 'no estimate'
     if np.isnan(estimate.low): return f'{value} (no interval)'

@@ -201,6 +201,14 @@ class DeriveSettings(Settings):
     positive:str = Field('', description="The positive class; empty keeps the model's")
     temperature:float = Field(
         1., gt=0, lt=1000, description='Divides the logits: above 1 softens the probabilities, below 1 sharpens them')
+    calibration:Literal['', 'temperature', 'platt', 'isotonic', 'vector', 'none'] = Field(
+        '', description="Fitted on validation patients: temperature, platt, isotonic, vector or none; "
+                        "empty keeps the model's")
+    prevalence:float = Field(
+        0., ge=0, lt=1, description='Share of the positive class where the model will be used; 0 shifts nothing')
+    coverage:float = Field(
+        0., ge=0, lt=1, description='Share of prediction sets that hold the true class; 0 for no sets')
+    outliers:bool = Field(False, description='Whether images unlike the training images are found')
 
 # %% ../nbs/895_settings.ipynb #49626147
 class ReportSettings(StatedSettings):

@@ -57,7 +57,7 @@ def _study_tables(run, study):
         table = optional_table(run, about['name'])
         if table is None or not len(table): continue
         text = study_table(table)
-        keep = [c for c in text if c.endswith('CI)')]
+        keep = [c for c in text if c.endswith('CI)') or c in ('p', 'p, Holm')]
         yield dict(shown_table(text, about['caption'], keep), folded=about.get('folded', False))
 
 def study_section(

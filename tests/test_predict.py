@@ -6,15 +6,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from strip_notebooks.bundle import load_bundle, save_bundle, torch_parts
+from strip_notebooks.bundle import derive_bundle, load_bundle, outlier_file, parent_files, save_bundle, torch_parts
 from strip_notebooks.cli import main
 from strip_notebooks.core import StripError
 from strip_notebooks.data.formats import read_image, write_image
 from strip_notebooks.data.images import Reading
 from strip_notebooks.data.preprocess import Preprocessing
+from strip_notebooks.features.embedding import image_embeddings
 from strip_notebooks.models import create_model
 from strip_notebooks.predict import predict_files
 from strip_notebooks.predictions import load_predictions
+from strip_notebooks.uncertainty.conformal import conformal_sets, set_words
+from strip_notebooks.uncertainty.outliers import fit_limit
 
 ENDINGS = ['.png', '.jpg', '.bmp', '.tif', '.npy', '.dcm', '.nii', '.nii.gz']
 
@@ -97,9 +100,35 @@ def test_wrong_input_is_a_sentence(model, tmp_path, monkeypatch, capsys, words, 
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith('clot: ') and sentence in said and said.count('\n') == 1, said
 
+def test_prediction_sets_and_a_strange_image(tmp_path):
+    "A calibrated bundle with both: the set of each patient, and an image far from the training images, which is predicted and marked"
+    rng, about = np.random.default_rng(0), dict(classes=['LAA', 'CE'], positive='LAA', preprocessing=Preprocessing(32), prior=None, threshold=.5)
+    plain = load_bundle(save_bundle(tmp_path/'plain', *torch_parts(create_model('simple_cnn'), 'simple_cnn', **about)))
+    def noise(n): return rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+    seen = pd.DataFrame(dict(patient_id=[f'{k}' for k in range(90)], label=['CE', 'LAA']*45, split=['train', 'train', 'val']*30))
+    fit = fit_limit(image_embeddings(plain, noise(90)), seen, plain.classes)
+    middle = float(np.median(1 - plain.probabilities(noise(8))[:, 1]))
+    changes = dict(outliers=fit.limit, conformal=dict(level=.9, limits=[1., middle], patients=[20, 20]), calibration=dict(platt=dict(slope=.5, shift=0.)))
+    full = derive_bundle(plain, tmp_path/'full', {**parent_files(plain), outlier_file: fit.data}, **changes)
+    for k in range(3):
+        (tmp_path/'in'/f'P{k}').mkdir(parents=True)
+        write_image(tmp_path/'in'/f'P{k}'/'a.png', noise(1)[0])
+    write_image(tmp_path/'in'/'P0'/'white.png', np.full((32, 32, 3), 255, np.uint8))
+    found = predict_files(full, tmp_path/'in')
+    assert found.images.set_index('image_id').outlier.to_dict() == {'P0/a.png': 'no', 'P0/white.png': 'yes', 'P1/a.png': 'no', 'P2/a.png': 'no'}
+    assert found.patients.outlier.tolist() == ['yes', 'no', 'no'] and found.images.p_LAA.notna().all()
+    sets = conformal_sets(found.patients[['p_LAA', 'p_CE']], changes['conformal'])
+    assert found.patients.prediction_set.tolist() == set_words(sets, ['LAA', 'CE'])
+    assert 'Unlike the training images: 1 image of 1 patient' in found.text() and 'hold the true class for 90 %' in found.text()
+    found.save(tmp_path/'out.csv')
+    assert load_predictions(tmp_path/'out-patients.csv').prediction_set.tolist() == found.patients.prediction_set.tolist()
+    before = predict_files(tmp_path/'plain', tmp_path/'in')
+    assert not {'outlier', 'prediction_set'} & {*before.images, *before.patients} and 'Prediction sets' not in before.text()
+
 SCRIPT = '''
 import sys
 import numpy as np
+from safetensors.numpy import save
 from strip_notebooks.bundle import register_runtime, save_bundle
 from strip_notebooks.cli import main
 from strip_notebooks.data.preprocess import Preprocessing
@@ -112,11 +141,19 @@ class Gray:
 register_runtime('gray', Gray)
 if __name__ == '__main__':
     spec = dict(classes=['CE', 'LAA'], positive='LAA', preprocessing=Preprocessing(16), prior=None, threshold=.5)
-    main(['predict', str(save_bundle('b', spec, {}, runtime='gray')), sys.argv[1]])
+    files = {}
+    if 'more' in sys.argv:
+        spec |= dict(calibration=dict(platt=dict(slope=.5, shift=0.)), conformal=dict(level=.9, limits=[.6, .6], patients=[20, 20]),
+                     outliers=dict(threshold=9., share=.05, patients=20))
+        files = {'outliers.safetensors': save(dict(means=np.zeros((2, 3), np.float32), precision=np.eye(3, dtype=np.float32)))}
+    main(['predict', str(save_bundle('b', spec, files, runtime='gray')), sys.argv[1]])
     assert not [m for m in sys.modules if m.split('.')[0] in ('torch', 'timm', 'torchvision')], 'torch was imported'
 '''
 
-def test_no_torch_where_the_bundle_needs_none(scans, tmp_path):
+@pytest.mark.parametrize('more', [[], ['more']], ids=['plain', 'calibrated'])
+def test_no_torch_where_the_bundle_needs_none(scans, tmp_path, more):
+    "Also where it is calibrated and has prediction sets and a limit for outliers, which this runtime cannot use"
     (tmp_path/'script.py').write_text(SCRIPT)
-    done = subprocess.run([sys.executable, 'script.py', str(scans)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, 'script.py', str(scans), *more], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and 'Positive class LAA' in done.stdout, done.stderr
+    assert ("the runtime 'gray' shows no features" in done.stdout) == ('prediction_set' in done.stdout) == bool(more)

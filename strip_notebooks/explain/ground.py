@@ -83,7 +83,7 @@ def heat_on_label(
     label = np.isin(truth, [class_values[n] for n in names])
     total = whole[tissue].sum()
     if total <= 0 or not 0 < label.sum() < tissue.sum(): return (nan,)*4
-    expected = sum(whole.flat[layer].sum()*label.flat[layer].mean() for layer in depth_layers(tissue))
+    expected = sum(whole.flat[layer].sum()*label.flat[layer].mean() for layer in depth_layers(tissue) if len(layer))
     peak = np.where(tissue, whole, -1).argmax()
     return whole[label].sum()/total, label.sum()/tissue.sum(), expected/total, float(label.flat[peak])
 

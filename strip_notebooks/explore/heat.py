@@ -17,6 +17,7 @@ import numpy as np
 from ..core import StripError, class_colors, figure_name, plural
 from ..data.preprocess import tissue_mask
 from ..explain.cam import cam_methods, heat_maps, most_channels, network_of, target_layers
+from ..explain.network import check_network
 from ..explain.pictures import (color_bar, contact_sheet_figure, heat_share_outside, notable_patients,
                                               overlay)
 from .parts import Explorer, figure_png, kept_picture, menu, paragraph, said, set_options
@@ -45,7 +46,10 @@ def layer_options(
     network:Network,    # A network
 )->list:                # (text, value) pairs, from the last layer to the first
     "The entries of the menu of layers"
-    try: names = target_layers(network_of(network.bundle))
+    try:
+        model = network_of(network.bundle)
+        check_network(model, network.bundle.batch(network.pixels[:1]))
+        names = target_layers(model)
     except StripError: names = []
     return [('last', ''), *((name, name) for name in names[::-1])]
 
@@ -110,8 +114,8 @@ def explain_image(
 def _found_words(e):
     "What a map shows"
     if np.isnan(e.outside): return f'It is empty: no place in the picture speaks for {e.target}.'
-    return (f'Its strongest heat is {e.heat.max():.2g}. {100*e.outside:.0f} % of the heat and {100*e.glass:.0f} % of the '
-            'picture are outside the tissue.')
+    shares = f'{100*e.outside:.0f} % of the heat and {100*e.glass:.0f} % of the picture'
+    return f'Its strongest heat is {e.heat.max():.2g}. {shares} are outside the tissue.'
 
 def explanation_words(
     e:Explanation,  # From `explain_image`
@@ -125,8 +129,8 @@ def explanation_words(
     return ' '.join(sentences)
 
 # %% ../../nbs/944_explore.heat.ipynb #f383f3bf
-_bar = ('<div style="display:flex; gap:8px; line-height:1.6"><span style="width:110px; overflow-wrap:anywhere">p({name})'
-        ' {p:.2f}</span><span style="width:{width:.0f}px; background:{color}"></span></div>')
+_bar = ('<div style="display:flex; gap:8px; line-height:1.6"><span style="width:110px; overflow-wrap:anywhere">'
+        'p({name}) {p:.2f}</span><span style="width:{width:.0f}px; background:{color}"></span></div>')
 
 def probability_bars(
     p:dict,             # Class -> predicted probability
@@ -146,8 +150,9 @@ def explanation_figure(
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7.2, 3.3), layout='constrained')
     axes = fig.subplots(1, 2)
-    pictures = {'image': e.image, f'{method_names[e.method]} for {figure_name(e.target, 24)}': overlay(e.image, e.heat, opacity)}
-    for ax,(title,picture) in zip(axes, pictures.items()):
+    title = f'{method_names[e.method]} for {figure_name(e.target, 24)}'
+    pictures = [('image', e.image), (title, overlay(e.image, e.heat, opacity))]
+    for ax,(title,picture) in zip(axes, pictures):
         ax.imshow(picture)
         ax.set_axis_off()
         ax.set_title(title, fontsize=10)

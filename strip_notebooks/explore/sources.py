@@ -137,6 +137,7 @@ def _complete(place):
     "Whether the example was made to its end"
     return len(place.runs('train')) > 0 and len(place.runs('evaluate_table')) >= len(_example_models)
 
+# %% ../../nbs/940_explore.sources.ipynb #c74d6498
 def _example_place(home, step, patients):
     "The example, made if it is not there"
     from filelock import FileLock

@@ -181,7 +181,7 @@ def _frame(ax, pixels, title, color):
     "A picture in a frame of its class's color"
     ax.imshow(pixels)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=7, pad=2)
+    ax.set_title(title, fontsize=6.5, pad=2)
     for side in ax.spines.values(): side.set(color=color, linewidth=2.5)
 
 # %% ../../nbs/634_features.probes.ipynb #ad949dbb
@@ -196,7 +196,7 @@ def neighbor_figure(
     import matplotlib.pyplot as plt
     near = nearest_images(values, images.patient_id, k)[list(queries)]
     styles = group_styles(images.label)
-    fig, axes = plt.subplots(len(near), 1 + near.shape[1], figsize=(.85*(1 + near.shape[1]), 1.1*len(near)),
+    fig, axes = plt.subplots(len(near), 1 + near.shape[1], figsize=(.9*(1 + near.shape[1]), 1.1*len(near)),
                              layout='constrained', squeeze=False)
     for line, query, found in zip(axes, queries, near):
         rows = [query, *found]

@@ -23,9 +23,10 @@ def principal_components(
 )->np.ndarray:          # (N, n) float32, the first one with the largest variance
     "The features along the directions in which they vary most, centered"
     centered = values - values.mean(0, dtype=np.float64)
-    u, s, v = np.linalg.svd(centered, full_matrices=False)
+    if len(values) > 2*values.shape[1]: v = np.linalg.eigh(centered.T @ centered)[1].T[::-1]
+    else: v = np.linalg.svd(centered, full_matrices=False)[2]
     signs = np.sign(v[np.arange(len(v)), abs(v).argmax(1)])
-    return (u*s*signs)[:, :n].astype(np.float32)
+    return (centered @ (v.T*signs)[:, :n]).astype(np.float32)
 
 # %% ../../nbs/625_features.projection.ipynb #e44a457a
 def _pca(x, seed): return x[:, :2] if x.shape[1] > 1 else np.pad(x, ((0, 0), (0, 1)))
@@ -40,7 +41,8 @@ def _umap(x, seed):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')             # of the packages that it compiles with
         from umap import UMAP
-        tool = UMAP(n_neighbors=min(15, len(x) - 1), init=_start(x), random_state=seed, n_jobs=1)
+        epochs = 150 if len(x) > 2000 else None     # None: 500
+        tool = UMAP(n_neighbors=min(15, len(x) - 1), n_epochs=epochs, init=_start(x), random_state=seed, n_jobs=1)
         return tool.fit_transform(x)
 
 def _start(x):

@@ -71,7 +71,7 @@ def check_new_centers(
     if not trained or not tested: raise StripError(no_centers)
     if trained & tested:
         raise StripError('Test patients are from centers of the training, so this run says nothing about a new center; '
-                         'run `clot run crossval --scheme leave_one_center_out` and give it as crossval_run, '
+                         'run `clot run crossval -p scheme=leave_one_center_out` and give it as crossval_run, '
                          'or prepare with train_centers and test_centers.')
     if not validated or validated - trained:
         raise StripError('Validation patients are not all from centers of the training, '

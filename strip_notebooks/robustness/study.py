@@ -93,7 +93,7 @@ def nothing_to_lose(
     if value.high < .5:
         return f'The model ranks test patients the wrong way round {text}: its robustness cannot be judged.'
     if value.low > .5: return ''
-    return ('The model is not distinguishable from chance on unchanged images, so it has nothing to lose, '
+    return ('The model is not distinguishable from chance on unchanged test images, so it has nothing to lose, '
             f'and its robustness cannot be judged {text}.')
 
 # %% ../../nbs/738_robustness.study.ipynb #66c4eecc
@@ -200,7 +200,7 @@ def coverage_part(
 )->Part:
     "How far prediction sets keep their coverage under corruption"
     try: limits = bundle.spec.get('conformal') or fit_conformal(predictions, bundle.classes, bundle.how)
-    except StripError as e: return Part([f'How prediction sets fare is not known: {e}'])
+    except StripError as e: return Part([f'How prediction sets fare is not known. {e}'])
     order = [classes_of(predictions).index(name) for name in bundle.classes]
     def sets(p): return conformal_sets(p[:, order], limits)[:, np.argsort(order)]
     table = coverage_table(c.effects, sets, settings.resamples, settings.seed)
@@ -293,7 +293,7 @@ def center_part(
     try:
         if left_out is None: shift = new_center_shift(predictions, **how)
         else: shift = left_out_shift(predictions, left_out, **how)
-    except StripError as e: return Part([f'How the model does at a new center is not known: {e}'])
+    except StripError as e: return Part([f'How the model does at a new center is not known. {e}'])
     caption = 'Patient AUC at known and at new centers, 95 % CI'
     metrics = dict(center_shift=shift.difference.value, centers_disjoint=int(shift.disjoint))
     return Part([center_sentence(shift)], dict(centers=(shift.table, caption)),

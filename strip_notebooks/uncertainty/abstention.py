@@ -104,20 +104,25 @@ def least_decided(
 def _candidates(u, least):
     "Thresholds of uncertainty, ascending, below which at least `least` patients are decided; the last is infinite"
     ordered, n = np.sort(u), len(u)
-    places = np.unique(np.ceil(np.arange(1, 10)/10*n - 1e-9).astype(int))
+    places = np.unique(np.ceil(np.arange(2, 10)/10*n - 1e-9).astype(int))
     limits = [*np.unique(ordered[places[places < n]]), np.inf]
     return [t for t in limits if (u < t).sum() >= least]
 
 # %% ../../nbs/658_uncertainty.abstention.ipynb #07e415e9
 def _patients_needed(wrong, u, risk, broken):
-    "Validation patients that would allow the promise at the error rates of these; None if no number would"
+    "More validation patients that would allow the promise at the error rates of these; None if no number would"
     from scipy.stats import binom
-    sizes, found = np.unique(np.geomspace(least_decided(risk, broken), 20_000, 300).astype(int)), []
-    for t in _candidates(u, 1):
-        decided = u < t
-        enough = sizes[binom.cdf(np.floor(wrong[decided].mean()*sizes + 1e-9), sizes, risk) <= broken]
-        if wrong[decided].mean() < risk and len(enough): found.append(int(np.ceil(enough[0]/decided.mean())))
-    return min(found, default=None)
+    if not len(u): return None
+    start, least = len(u) + 1, least_decided(risk, broken)
+    n = np.unique(np.r_[start:start + 200, np.geomspace(start, 50_000, 300).astype(int)])
+    n = n[n >= least]
+    tenths = np.maximum(2, np.ceil(10*least/n - 1e-9)).astype(int)          # of the first candidate
+    errors = np.cumsum(wrong[np.argsort(u, kind='stable')])
+    seen = np.ceil(np.arange(11)/10*len(u) - 1e-9).astype(int)
+    rate = errors[seen - 1]/np.maximum(seen, 1)
+    decided = np.ceil(tenths/10*n - 1e-9)
+    enough = binom.cdf(np.floor(rate[tenths]*decided + 1e-9), decided, risk) <= broken
+    return int(n[enough][0]) if enough.any() else None
 
 # %% ../../nbs/658_uncertainty.abstention.ipynb #c4e56ac0
 def _last_safe(wrong, u, risk, broken):
@@ -188,7 +193,7 @@ def risk_coverage_figure(
     "The risk-coverage curve of each measure, beside a random and the ideal order"
     import matplotlib.pyplot as plt
     wrong = np.asarray(wrong, bool)
-    fig, ax = plt.subplots(figsize=(4.6, 3), layout='constrained')
+    fig, ax = plt.subplots(figsize=(4.6, 3.4), layout='constrained')
     ax.axhline(wrong.mean(), color='.5', ls='--', lw=1, label='random order')
     ax.plot(*_ideal_curve(wrong.sum(), len(wrong)), color='.5', ls=':', lw=1, label='ideal order')
     for (name, u), color in zip(scores.items(), ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']):
@@ -199,5 +204,5 @@ def risk_coverage_figure(
     ax.set(xlabel='share of patients that are decided', ylabel='share of errors among them')
     ax.set(xlim=(0, 1.01), ylim=(0, min(1, top)))
     ax.spines[['top', 'right']].set_visible(False)
-    fig.legend(frameon=False, fontsize=8, loc='outside right upper')
+    fig.legend(frameon=False, fontsize=8, loc='outside lower center', ncols=2)
     return fig

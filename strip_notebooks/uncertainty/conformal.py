@@ -246,10 +246,10 @@ def coverage_figure(
 # %% ../../nbs/670_uncertainty.conformal.ipynb #9c42442b
 def conformal_words(
     parameters,     # Of a bundle: `Conformal`, its fields as a dict, or None
-)->str:             # Without a full stop
+)->str:             # What comes after 'prediction sets', without a full stop
     "What a bundle's prediction sets promise, for a person"
     if parameters is None: return 'none'
     c = Conformal.model_validate(parameters)
     source = 'validation patients' if c.method == 'split' else 'patients of a cross-validation'
     whom = 'of the patients of each class' if c.by_class else 'of all patients'
-    return f'sets that hold the true class for {100*c.level:g} % {whom}, fitted to {sum(c.patients)} {source}'
+    return f'hold the true class for {100*c.level:g} % {whom}, fitted to {sum(c.patients)} {source}'

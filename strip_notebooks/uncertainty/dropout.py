@@ -132,6 +132,9 @@ def dropout_probabilities(
     batch_size:int=64,  # Images at a time
 )->np.ndarray:          # (M, N, C), float64, each row sums to 1
     "The calibrated probabilities of each of M networks that lack other features; a `DropoutError` without dropout"
+    if not hasattr(bundle.engine, 'model'):
+        raise DropoutError(f'A bundle with the runtime {bundle.runtime!r} has no PyTorch network whose dropout could '
+                           'be sampled; use test-time augmentation, or the bundle that it was derived from.')
     seeds = [derive_seed(seed, 'dropout', k) for k in range(passes)]
     out = [np.zeros((passes, 0, len(bundle.classes)))]
     for i in range(0, len(pixels), batch_size):

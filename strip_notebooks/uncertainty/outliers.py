@@ -231,6 +231,7 @@ def _found(r):
     if np.isnan(r.low): return 'too few images for an interval'
     return 'found' if r.low > .9 else 'found in part' if r.low > .5 else 'not found'
 
+# %% ../../nbs/680_uncertainty.outliers.ipynb #7f13a9fa
 def outlier_sentences(
     table:pd.DataFrame,     # From `detection_table`
     wanted:float=.05,       # Share of patients that were meant to be beyond the limit
