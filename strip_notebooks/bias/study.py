@@ -171,7 +171,7 @@ def chance_sentence(
     "What must be said first of a model at chance"
     if estimate.low > .5: return ''
     is_what = 'ranks the classes the wrong way round' if estimate.high < .5 else 'is not distinguishable from chance'
-    return (f'The model {is_what} (AUC {estimate_text(estimate)}), so equal numbers in all groups would be no sign of '
+    return (f'The model {is_what} (AUC {estimate_text(estimate)}): equal numbers in all groups would be no sign of '
             'equal treatment.')
 
 # %% ../../nbs/778_bias.study.ipynb #a0cafbce
@@ -353,6 +353,6 @@ def bias_study(
     y, p = patient_arrays(compared.of('test'), compared.positive)
     sentences = study_sentences(compared, {**tables, **more}, auc_interval(y, p)) + said
     gaps, power = tables['gaps'], tables.pop('power')
-    figure = gap_figure(gaps, y, p), f'AUC of each group, positive class {compared.positive}, with 95 % intervals'
+    figure = gap_figure(gaps, y, p), f'AUC of each group with enough patients, positive class {compared.positive}'
     tables.update(auc=auc_table(gaps, power), gaps=gaps.drop(columns='metric'), **more)
     return BiasStudy(tables, shown_tables(tables), dict(groups=figure), sentences, _numbers(gaps, power))
