@@ -96,3 +96,99 @@ def test_what_the_model_or_the_cohort_lacks_is_said(three, words, sentence):
     done = subprocess.run([CLOT, 'run', *words, '-p', f'train_run={train.path}', '--runs', str(three/'refused')], cwd=three, capture_output=True, text=True,
                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 2 and sentence in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+# --- other architectures and numbers of classes, with random weights: no study assumes a small network or two classes
+
+ARCHITECTURES = {'simple_cnn': 2, 'resnet18': 3, 'efficientnet_b0': 2, 'vit_tiny_patch16_224(img_size=64)': 3, 'swin_tiny_patch4_window7_224(img_size=64)': 2}
+
+@pytest.fixture(scope='module')
+def pixels_of_clots(tmp_path_factory):
+    "A cohort of 60 patients with its sets and pixels"
+    from strip_notebooks.data.cache import build_cache
+    from strip_notebooks.data.preprocess import Preprocessing
+    from strip_notebooks.data.synthetic import make_cohort
+    from strip_notebooks.splits import split_patients
+    folder = tmp_path_factory.mktemp('clots')
+    cohort = split_patients(make_cohort(folder/'cohort', 'easy', 90, 64), (.4, .3, .3))
+    return cohort.reset_index(drop=True), build_cache(cohort, Preprocessing(64), folder/'cache'), folder
+
+def untrained(arch, classes, pixels_of_clots):
+    "An untrained network of `classes` classes as a trained model"
+    import torch
+    from strip_notebooks.bundle import make_bundle, predict_cohort, torch_parts
+    from strip_notebooks.data.preprocess import Preprocessing
+    from strip_notebooks.models import create_model
+    from strip_notebooks.records import Prepared
+    from strip_notebooks.trained import TrainedModel
+    cohort, cache, folder = pixels_of_clots
+    names = ['CE', 'LAA', 'other'][:classes]
+    if classes == 3:
+        number = cohort.patient_id.str.removeprefix('P').astype(int)
+        cohort = cohort.assign(label=cohort.label.where(number % 3 > 0, 'other'))
+    torch.manual_seed(0)
+    spec, files = torch_parts(create_model(arch, classes, dropout=.2), arch, classes=names, positive='LAA', preprocessing=Preprocessing(64), prior=[1/classes]*classes, threshold=.4, dropout=.2)
+    bundle = make_bundle(spec, files)
+    prepared = Prepared('', '', 'clots', '', len(cohort), cohort.patient_id.nunique(), 11, names)
+    return TrainedModel(bundle, cohort, cohort, predict_cohort(bundle, cohort, cache), cache, prepared, 'easy', folder/'cohort')
+
+def bounded(settings, **values): return settings(**{name: value for name, value in values.items() if name in settings.model_fields})
+
+@pytest.mark.slow
+@pytest.mark.parametrize('arch, classes', ARCHITECTURES.items())
+def test_every_study_takes_every_architecture(arch, classes, pixels_of_clots):
+    import matplotlib
+    matplotlib.use('Agg')
+    from strip_notebooks import settings as s
+    from strip_notebooks.bias.study import bias_study
+    from strip_notebooks.explain.study import heat_sentences, heat_table, measure_heat
+    from strip_notebooks.features.study import feature_study
+    from strip_notebooks.robustness.study import attack_part, corrupted_model, corruption_part
+    from strip_notebooks.uncertainty.study import uncertainty_study
+    model = untrained(arch, classes, pixels_of_clots)
+    common = dict(resamples=100, permutations=200, patients=10, projection='pca', passes=3, views='flips', severities=[5.], corruptions=['gaussian_blur'], steps=1, bounds=[2.])
+    settings = {step: bounded(s.step_settings[step], **common) for step in study_steps}
+    given = model.bundle, model.cohort, model.cache, model.predictions
+    heat = measure_heat(model, settings['explain'])
+    said = heat_sentences(heat, heat_table(heat, 100, 0), model, settings['explain'])
+    said += feature_study(*given, settings['features'], model.shown.image_id).sentences
+    parts, fitted = uncertainty_study(*given, settings['uncertainty'])
+    parts += [corruption_part(corrupted_model(model.bundle, model.cohort, model.cache, settings['robustness']), None, settings['robustness']),
+              attack_part(model.bundle, model.test, model.cache, None, settings['robustness'])]
+    said += [sentence for part in parts for sentence in part.sentences] + bias_study(*given, settings['bias']).sentences
+    assert len(said) > 10 and not [sentence for sentence in said if not sentence.endswith('.') or 'nan' in sentence.split()]
+
+# --- cohorts whose truth is known: the issue's numbers, each a training of some minutes
+
+def demo(folder, *words):
+    "The runs of a demo"
+    clot('demo', *words, cwd=folder)
+    return {step: first(folder, step) for step in ('prepare', 'train', 'evaluate', *study_steps)}
+
+@pytest.mark.slow
+def test_easy_clots(tmp_path):
+    "Heat on the tissue of the label beats its area, and 90 % prediction sets cover both classes"
+    runs = demo(tmp_path, '--preset', 'easy')
+    heat = runs['explain'].table('heat_maps').set_index('measure')
+    assert heat.low['heat minus area'] > 0
+    sets = runs['uncertainty'].table('sets')
+    coverage = sets[(sets.measure == 'coverage') & sets.group.isin(['CE', 'LAA'])]
+    assert len(coverage) == 2 and (coverage.high >= .9).all()
+
+@pytest.mark.slow
+def test_confounded_clots(tmp_path):
+    "The features group by center more than by class, and the bias study shows the centers"
+    runs = demo(tmp_path, '--preset', 'confounded')
+    features = runs['features'].table('features').set_index('measure')
+    assert features.low['silhouette, center minus class'] > 0
+    assert any('center' in sentence for sentence in runs['bias'].record(Study).sentences)
+
+@pytest.mark.slow
+def test_blood_cells_of_two_laboratories(tmp_path, real):
+    "Trained in one laboratory, tested in another: unlike images, two intervals apart, and a gap"
+    table = real/'white_blood_cells'/'train.csv'
+    runs = demo(tmp_path, '--data', table, '--train-centers', 'lab1', '--test-centers', 'lab2', '--size', '96', '--epochs', '8', '-p', 'train.seed=0')
+    centers = runs['robustness'].table('centers').set_index('group')
+    auc = centers[centers.metric == 'roc_auc'] if 'metric' in centers else centers
+    assert auc.low.max() > auc.high.min()
+    gaps = runs['bias'].table('gaps')
+    assert gaps[gaps.attribute == 'center'].p.min() < .05
