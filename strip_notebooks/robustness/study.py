@@ -19,9 +19,9 @@ from ..findings import estimate_text
 from ..predictions import classes_of, patient_arrays
 from .adversarial import attack_example, attack_figure, attacked_patients
 from .centers import center_figure, center_sentence, left_out_shift, new_center_shift
-from strip_notebooks.robustness.scores import (Effects, change_figure, change_table, color_predictor,
-    condition_patients, coverage_table, effects, error_table, flip_table, model_predictor, ranking_table,
-    study_conditions, unchanged)
+from .scores import (Effects, change_figure, change_table, color_predictor,
+    condition_patients, coverage_table, effects, error_table, flip_table, model_predictor, predicted_class,
+    ranking_table, study_conditions, unchanged)
 from .stains import corruption_figure
 from ..statistics import Estimate, auc_interval
 from ..uncertainty.conformal import conformal_sets, fit_conformal
@@ -90,10 +90,11 @@ def nothing_to_lose(
                 'and what a corruption takes away from it cannot be judged.')
     value = auc_interval(*patient_arrays(e.patients[unchanged], e.predictor.positive))
     text = f'(patient AUC {estimate_text(value)}, {plural(len(e.y), "patient")})'
+    who = 'The model' if len(e.predictor.classes) == 2 else f'{e.predictor.positive} vs the other classes: the model'
     if value.high < .5:
-        return f'The model ranks test patients the wrong way round {text}: its robustness cannot be judged.'
+        return f'{who} ranks test patients the wrong way round {text}: its robustness cannot be judged.'
     if value.low > .5: return ''
-    return ('The model is not distinguishable from chance on unchanged test images, so it has nothing to lose, '
+    return (f'{who} is not distinguishable from chance on unchanged test images, so it has nothing to lose, '
             f'and its robustness cannot be judged {text}.')
 
 # %% ../../nbs/738_robustness.study.ipynb #66c4eecc
@@ -113,9 +114,11 @@ def worst_sentence(
     e, decided = c.effects, c.ranking[(c.ranking.p_holm < .05) & (c.ranking.high < 0)]
     before = estimate_text(auc_interval(*patient_arrays(e.patients[unchanged], e.predictor.positive)))
     if len(decided):
-        worst = decided.iloc[0]
-        return (f'What hurts most is {worst.corruption}: averaged over {_steps(e)} it changes the patient AUC, '
-                f'unchanged {before}, by {estimate_text(_estimate(worst))}.')
+        worst, n = decided.iloc[0], len(c.ranking)
+        first = 'What hurts most is' if decided.index[0] == 0 else 'The largest distinguishable loss is under'
+        chosen = f', the largest of {n} and therefore somewhat overstated' if n > 1 else ''
+        return (f'{first} {worst.corruption}: averaged over {_steps(e)} it changes the patient AUC, '
+                f'unchanged {before}, by {estimate_text(_estimate(worst))}{chosen}.')
     lowest = c.ranking.loc[c.ranking.low.idxmin()] if c.ranking.low.notna().any() else None
     text = (f'No corruption lowers the patient AUC, unchanged {before}, by a distinguishable amount '
             f'(averaged over {_steps(e)}, Holm-corrected).')
@@ -131,8 +134,11 @@ def count_sentence(
     decided = rows[(rows.p_holm < .05) & ((rows.high < 0) | (rows.low > 0))]
     lower, higher = (decided.value < 0).sum(), (decided.value > 0).sum()
     more = f' and higher in {higher}' if higher else ''
-    return (f'The AUC is distinguishably lower in {lower}{more} of {plural(len(rows), "condition")} '
-            f'({plural(len(c.ranking), "corruption")}, {_steps(c.effects)}; paired, Holm-corrected over all of them).')
+    means = ((c.ranking.p_holm < .05) & (c.ranking.high < 0)).any()
+    some = '; only the mean over the severities is'
+    return (f'Condition by condition, the AUC is distinguishably lower in {lower}{more} of '
+            f'{plural(len(rows), "condition")} ({plural(len(c.ranking), "corruption")}, {_steps(c.effects)}; paired, '
+            f"DeLong's test, Holm-corrected over all of them){'' if lower or not means else some}.")
 
 # %% ../../nbs/738_robustness.study.ipynb #d0f9a950
 def flip_sentence(
@@ -152,7 +158,11 @@ def calibration_sentence(
     moved, positive = of('mean predicted probability'), c.effects.predictor.positive
     key = moved.value.abs().idxmax()
     row, error = moved.loc[key], of('calibration error').loc[key]
-    return (f'The mean predicted probability of {positive} moves most under {key[0]} at severity {key[1]}: '
+    mean = f'mean predicted probability of {positive}'
+    if row.value == 0: return f'The {mean} does not change under any corruption.'
+    first = f'No change of the {mean} is distinguishable; the largest is' if row.low <= 0 <= row.high else (
+        f'The {mean} moves most')
+    return (f'{first} under {key[0]} at severity {key[1]}: '
             f'from {row.unchanged:.2f} to {row.corrupted:.2f}, by {estimate_text(_estimate(row))}; '
             f'the calibration error is {error.unchanged:.2f} before and {error.corrupted:.2f} after.')
 
@@ -162,24 +172,27 @@ def baseline_sentence(
 )->str:
     "The mean corruption error relative to the mean-color baseline"
     if not len(c.errors): return f'There is no mean corruption error: {c.why}'
+    if not c.effects.smaller: return 'There is no mean corruption error: the test set lacks a class.'
     e = _estimate(c.errors.iloc[-1])
     name = 'a logistic regression on the mean color, fitted on the training patients'
     if np.isnan(e.value): return f'There is no mean corruption error: {name}, makes no errors under some corruption.'
-    text = f'Relative to {name}, the mean corruption error (balanced) is {estimate_text(e)}: '
-    if np.isnan(e.low): return f'{text}there is no interval.'
-    if e.low <= 1 <= e.high: return f'{text}not distinguishable from that of the baseline.'
-    return f'{text}{"fewer" if e.high < 1 else "more"} errors than the baseline on corrupted images.'
+    text = f'Relative to {name}, the mean corruption error (balanced) is {estimate_text(e)}'
+    if np.isnan(e.low): return f'{text}.'
+    if e.low <= 1 <= e.high: return f'{text}: not distinguishable from that of the baseline.'
+    return f'{text}: {"fewer" if e.high < 1 else "more"} errors than the baseline on corrupted images.'
 
 # %% ../../nbs/738_robustness.study.ipynb #cfc9eeea
 _captions = dict(
-    corruptions='Each corruption: mean change of the patient AUC over the severities, paired; flipped patients at the '
-                'worst severity; errors relative to the mean-color baseline',
+    corruptions='Each corruption: mean change of the patient AUC over the severities, paired; p: Wald, p_holm: '
+                'corrected for the number of corruptions; flipped patients at the worst severity; errors relative to '
+                'the mean-color baseline',
     changes='Change of every metric, corrupted minus unchanged, paired; each interval is for its row alone',
     flips='Share of patients whose predicted class changes',
-    heat_map='Change of the patient AUC of {}. Bold: distinguishable after correction (Holm); '
-             'gray in parentheses: not distinguishable',
+    heat_map='Change of the patient AUC of {}. Bold: distinguishable by itself after correction for the number of '
+             'conditions (DeLong, Holm); gray in parentheses: not. The order is that of the means over the severities, '
+             'which are tested separately',
     coverage='Share of patients whose prediction set holds their class, its paired change, and the mean size of sets',
-    attacks='Change of AUC and accuracy under attack, paired with the unchanged images')
+    attacks='Change of AUC and accuracy (at the threshold) under attack, paired with the unchanged images')
 
 def _coverage_sentence(table, level):
     "Where prediction sets lose most coverage"
@@ -187,7 +200,9 @@ def _coverage_sentence(table, level):
     if row.corrupted >= row.unchanged:
         return (f'Prediction sets keep their coverage of {row.unchanged:.2f} under every corruption; '
                 f'{level:.2f} was promised.')
-    return (f'Prediction sets lose most coverage under {row.corruption} at severity {row.severity}: it is '
+    first = ('Prediction sets lose most coverage' if row.high < 0 else
+             'No loss of coverage of the prediction sets is distinguishable; the largest is')
+    return (f'{first} under {row.corruption} at severity {row.severity}: it is '
             f'{row.unchanged:.2f} unchanged and {row.corrupted:.2f} there, a change of '
             f'{estimate_text(_estimate(row))}; {level:.2f} was promised.')
 
@@ -196,14 +211,13 @@ def coverage_part(
     c:Corrupted,                # From `corrupted_model`
     bundle:Bundle,              # The model
     predictions:pd.DataFrame,   # The model's, with the validation set
-    settings,                   # resamples, seed
 )->Part:
     "How far prediction sets keep their coverage under corruption"
     try: limits = bundle.spec.get('conformal') or fit_conformal(predictions, bundle.classes, bundle.how)
     except StripError as e: return Part([f'How prediction sets fare is not known. {e}'])
     order = [classes_of(predictions).index(name) for name in bundle.classes]
     def sets(p): return conformal_sets(p[:, order], limits)[:, np.argsort(order)]
-    table = coverage_table(c.effects, sets, settings.resamples, settings.seed)
+    table = coverage_table(c.effects, sets)
     level = limits['level'] if isinstance(limits, dict) else limits.level
     return Part([_coverage_sentence(table, level)], dict(coverage=(table, _captions['coverage'])))
 
@@ -244,6 +258,8 @@ def corruption_part(
     return Part(said, tables, figures, metrics)
 
 # %% ../../nbs/738_robustness.study.ipynb #a2b5a424
+def _nothing(estimate): return np.isnan(estimate.low) and estimate.value == 0
+
 def attack_sentence(
     changes:pd.DataFrame,   # From `change_table` of attacked patients
     steps:int,              # Of PGD
@@ -253,9 +269,11 @@ def attack_sentence(
     least = changes.severity.min()
     row, random = rows.loc[('PGD', least)], rows.loc[('random signs', least)]
     attack = f'at most {plural(int(least), "gray level")} of 255 (PGD, {plural(steps, "step")})'
-    return (f'A chosen change of {attack} changes the patient AUC from {row.unchanged:.2f} to {row.corrupted:.2f}, '
-            f'by {estimate_text(_estimate(row))}; '
-            f'random signs of the same size change it by {estimate_text(_estimate(random))}.')
+    chosen, blind = _estimate(row), _estimate(random)
+    does = f'does not change the patient AUC of {row.unchanged:.2f}' if _nothing(chosen) else (
+        f'changes the patient AUC from {row.unchanged:.2f} to {row.corrupted:.2f}, by {estimate_text(chosen)}')
+    do = 'do not change it' if _nothing(blind) else f'change it by {estimate_text(blind)}'
+    return f'A chosen change of {attack} {does}; random signs of the same size {do}.'
 
 # %% ../../nbs/738_robustness.study.ipynb #1b4b16a9
 def attack_part(
@@ -303,10 +321,13 @@ def center_part(
 def picture_to_show(
     shown:pd.DataFrame, # Images that may be in figures, with label and split
     cache,              # Their pixels
-    positive:str,       # The class that is taken if possible
+    predictions,        # The model's, one row per image
+    bundle:Bundle,      # The model, for its threshold and positive class
 ):                      # (S, S, 3) uint8 and its class, or None
-    "A picture of the test set that may be shown"
+    "A picture of the test set that may be shown, if possible classified correctly and of the positive class"
     rows = shown[shown.split == 'test']
     if not len(rows): return None
-    rows = rows.assign(other=rows.label != positive).sort_values(['other', 'image_id'], kind='stable')
+    answers = dict(zip(predictions.image_id, predicted_class(predictions, model_predictor(bundle))))
+    rows = rows.assign(wrong=rows.image_id.map(answers) != rows.label, other=rows.label != bundle.positive)
+    rows = rows.sort_values(['wrong', 'other', 'image_id'], kind='stable')
     return np.array(cache.images[cache.rows(rows.image_id[:1])[0]]), str(rows.label.iloc[0])
