@@ -54,7 +54,7 @@ def class_targets(
     targets,    # None, a class (name or number), an array with one per image, or a tuple of two
     count:int,  # Images
 ):              # None; (N,) class numbers; or (N, 2), the first minus the second
-    "The target of each image as class numbers, None for the predicted class"
+    "The target of each image as class numbers, None for that of the highest logit"
     if targets is None: return None
     if isinstance(targets, tuple) and len(targets) == 2:
         return np.tile([_class_number(classes, c) for c in targets], (count, 1))
@@ -172,6 +172,25 @@ class Heat:
     def __repr__(self): return (f'Heat({plural(len(self.maps), "map")} of {self.maps.shape[1]} x {self.maps.shape[2]}, '
                                 f'{self.empty.sum()} empty, {plural(self.passes, "pass", "passes")})')
 
+# %% ../../nbs/605_explain.cam.ipynb #f95b20fa
+def network_of(
+    bundle:Bundle,  # From `load_bundle`
+):                  # The PyTorch model
+    "The network that can be explained; an `ExplainError` that says what to do if the bundle has none or several"
+    if hasattr(bundle.engine, 'model'): return bundle.engine.model
+    if bundle.runtime == 'ensemble':
+        raise ExplainError('An ensemble has no features of its own; explain the bundle of one of its members.')
+    raise ExplainError(f'A bundle with the runtime {bundle.runtime!r} has no gradient; '
+                       'explain the bundle that it was derived from, which has the runtime torch.')
+
+def _check_request(bundle, pixels, layer, method):
+    "The network; an `ExplainError` for no images, an unknown method, or a network that cannot be explained"
+    model = network_of(bundle)
+    if method not in cam_methods: raise ExplainError(f'There is no method {method!r}{nearest(method, cam_methods)}')
+    if not len(pixels): raise ExplainError('There are no images to explain; choose at least one.')
+    if not layer: check_network(model, bundle.batch(pixels[:1]))
+    return model
+
 # %% ../../nbs/605_explain.cam.ipynb #db998764
 def _batch_maps(model, x, targets, layer, method):
     "Maps (B, h, w) and targets of one batch as arrays, and the passes"
@@ -184,6 +203,7 @@ def _batch_maps(model, x, targets, layer, method):
     masked = min(most_channels, a.shape[1]) if method == 'scorecam' else 0
     return maps.detach().clamp(min=0).float().cpu().numpy(), targets, len(x)*(1 + masked)
 
+<<<<<<< HEAD
 def network_of(
     bundle:Bundle,  # From `load_bundle`
 ):                  # The PyTorch model
@@ -207,11 +227,13 @@ def _check_request(bundle, pixels, layer, method):
         _checked.add(model)
     return model
 
+=======
+>>>>>>> readA
 # %% ../../nbs/605_explain.cam.ipynb #4844b690
 def heat_maps(
     bundle:Bundle,          # From `load_bundle`, with the runtime torch
     pixels,                 # (N, S, S, 3) uint8: preprocessed, not normalized
-    targets=None,           # None: the predicted class; a class; one per image; or a tuple of two for their difference
+    targets=None,           # None: the highest logit; a class; one per image; or a tuple of two for their difference
     method:str='gradcam',   # One of `cam_methods`
     layer:str='',           # One of `target_layers`; empty takes the last
     batch_size:int=16,      # Images at a time

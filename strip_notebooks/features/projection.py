@@ -142,6 +142,6 @@ def projection_figure(
     for ax, (title, (names, styles)) in zip(axes.flat, _panels(table).items()):
         _scatter(ax, points, names, styles)
         ax.set(xticks=[], yticks=[])
-        ax.set_title(title, fontsize=10)
+        ax.set_title(title, fontsize=9)
     fig.suptitle(f'{projection_names[method]} of the features, {plural(len(points), unit)}', fontsize=10)
     return fig
