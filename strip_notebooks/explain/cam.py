@@ -183,12 +183,17 @@ def network_of(
     raise ExplainError(f'A bundle with the runtime {bundle.runtime!r} has no gradient; '
                        'explain the bundle that it was derived from, which has the runtime torch.')
 
+# %% ../../nbs/605_explain.cam.ipynb #f95b20fa
+_checked = WeakSet()    # Networks that can be explained: the check costs as much as two images
+
 def _check_request(bundle, pixels, layer, method):
     "The network; an `ExplainError` for no images, an unknown method, or a network that cannot be explained"
     model = network_of(bundle)
     if method not in cam_methods: raise ExplainError(f'There is no method {method!r}{nearest(method, cam_methods)}')
     if not len(pixels): raise ExplainError('There are no images to explain; choose at least one.')
-    if not layer: check_network(model, bundle.batch(pixels[:1]))
+    if not layer and model not in _checked:
+        check_network(model, bundle.batch(pixels[:1]))
+        _checked.add(model)
     return model
 
 # %% ../../nbs/605_explain.cam.ipynb #db998764
@@ -203,32 +208,6 @@ def _batch_maps(model, x, targets, layer, method):
     masked = min(most_channels, a.shape[1]) if method == 'scorecam' else 0
     return maps.detach().clamp(min=0).float().cpu().numpy(), targets, len(x)*(1 + masked)
 
-<<<<<<< HEAD
-def network_of(
-    bundle:Bundle,  # From `load_bundle`
-):                  # The PyTorch model
-    "The network that can be explained; an `ExplainError` that says what to do if the bundle has none or several"
-    if hasattr(bundle.engine, 'model'): return bundle.engine.model
-    if bundle.runtime == 'ensemble':
-        raise ExplainError('An ensemble has no features of its own; explain the bundle of one of its members.')
-    raise ExplainError(f'A bundle with the runtime {bundle.runtime!r} has no gradient; '
-                       'explain the bundle that it was derived from, which has the runtime torch.')
-
-# %% ../../nbs/605_explain.cam.ipynb #f95b20fa
-_checked = WeakSet()    # Networks that can be explained: the check costs as much as two images
-
-def _check_request(bundle, pixels, layer, method):
-    "The network; an `ExplainError` for no images, an unknown method, or a network that cannot be explained"
-    model = network_of(bundle)
-    if method not in cam_methods: raise ExplainError(f'There is no method {method!r}{nearest(method, cam_methods)}')
-    if not len(pixels): raise ExplainError('There are no images to explain; choose at least one.')
-    if not layer and model not in _checked:
-        check_network(model, bundle.batch(pixels[:1]))
-        _checked.add(model)
-    return model
-
-=======
->>>>>>> readA
 # %% ../../nbs/605_explain.cam.ipynb #4844b690
 def heat_maps(
     bundle:Bundle,          # From `load_bundle`, with the runtime torch
