@@ -183,7 +183,6 @@ def network_of(
     raise ExplainError(f'A bundle with the runtime {bundle.runtime!r} has no gradient; '
                        'explain the bundle that it was derived from, which has the runtime torch.')
 
-# %% ../../nbs/605_explain.cam.ipynb #f95b20fa
 _checked = WeakSet()    # Networks that can be explained: the check costs as much as two images
 
 def _check_request(bundle, pixels, layer, method):
