@@ -253,6 +253,7 @@ def gap_figure(
 ):                      # Matplotlib figure
     "The AUC of each group with its 95 % interval, beside that of all test patients"
     rows = table[table.metric == 'roc_auc']
+    if rows.value.notna().any(): rows = rows[rows.value.notna()]     # those without numbers are in the table
     rows = rows.loc[rows.patients.sort_values(ascending=False, kind='stable').index[:most]].sort_index()
     names = [f'{a} {short_name(g)}' for a, g in zip(rows.attribute, rows.group)]
     return forest_figure(forest_rows(rows.assign(name=names), {'all test patients': auc_interval(y, p)}))

@@ -9,6 +9,7 @@ __all__ = ['cam_methods', 'most_channels', 'red_bundle', 'class_targets', 'Heat'
 # %% ../../nbs/605_explain.cam.ipynb #0db6b623
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakSet
 
 import numpy as np
 
@@ -182,12 +183,16 @@ def network_of(
     raise ExplainError(f'A bundle with the runtime {bundle.runtime!r} has no gradient; '
                        'explain the bundle that it was derived from, which has the runtime torch.')
 
+_checked = WeakSet()    # Networks that can be explained: the check costs as much as two images
+
 def _check_request(bundle, pixels, layer, method):
     "The network; an `ExplainError` for no images, an unknown method, or a network that cannot be explained"
     model = network_of(bundle)
     if method not in cam_methods: raise ExplainError(f'There is no method {method!r}{nearest(method, cam_methods)}')
     if not len(pixels): raise ExplainError('There are no images to explain; choose at least one.')
-    if not layer: check_network(model, bundle.batch(pixels[:1]))
+    if not layer and model not in _checked:
+        check_network(model, bundle.batch(pixels[:1]))
+        _checked.add(model)
     return model
 
 # %% ../../nbs/605_explain.cam.ipynb #db998764

@@ -41,7 +41,7 @@ def _umap(x, seed):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')             # of the packages that it compiles with
         from umap import UMAP
-        epochs = 150 if len(x) > 2000 else None     # None: 500
+        epochs = 120 if len(x) > 2000 else None     # None: 500
         tool = UMAP(n_neighbors=min(15, len(x) - 1), n_epochs=epochs, init=_start(x), random_state=seed, n_jobs=1)
         return tool.fit_transform(x)
 
