@@ -260,4 +260,4 @@ def outlier_words(
     if parameters is None: return 'none'
     o = Outliers.model_validate(parameters)
     return (f'images at a distance above {o.threshold:.1f}, which at most {100*o.share:g} % of similar patients have, '
-            f'by {plural(o.patients, "validation patient")}')
+            f'fitted to {plural(o.patients, "validation patient")}')
