@@ -136,8 +136,8 @@ class CrossvalSettings(TrainSettings, CrossvalConfig):
 # %% ../nbs/895_settings.ipynb #dac538d7
 class PretrainSettings(PretrainConfig):
     "On which synthetic clots an encoder is pretrained, and how"
-    preset:Literal['easy', 'structure', 'realistic', 'null', 'confounded'] = Field(
-        'null', description='Synthetic cohort: easy, structure, realistic, null or confounded')
+    preset:Literal['easy', 'structure', 'realistic', 'null', 'confounded', 'unequal'] = Field(
+        'null', description='Synthetic cohort: easy, structure, realistic, null, confounded or unequal')
     patients:int = Field(600, ge=32, le=1_000_000, description='Patients of the synthetic cohort, an image each')
     source_size:int = Field(128, ge=64, le=16_384, description='Pixels, square, of the synthetic pictures')
     size:int = Field(128, ge=16, le=4096, description='Pixels, square, that the model sees')

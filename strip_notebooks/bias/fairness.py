@@ -38,10 +38,10 @@ def group_rates(
 
 # %% ../../nbs/758_bias.fairness.ipynb #8951aafa
 def rate_interval(
-    values,             # (N,) 0 or 1, or any numbers
+    values,             # (N,) 0 or 1; or predicted minus observed, which is negative for positive patients
     level:float=.95,    # Coverage, above 0 and below 1
 )->Estimate:            # NaN without values
-    "The mean with its interval: Wilson's (1927) of a proportion, Student's of other numbers"
+    "The mean with its interval: Wilson's (1927) of a proportion; else Student's, or that of the observed share"
     from scipy.stats import norm, t
     v = np.asarray(values, float)
     n, mean = len(v), float(v.mean()) if len(v) else float('nan')
@@ -51,7 +51,9 @@ def rate_interval(
         return Estimate(mean, float(max(0, min(mean, middle - half))), float(min(1, max(mean, middle + half))))
     if n < 2: return Estimate(mean, float('nan'), float('nan'))
     half = t.ppf((1 + level)/2, n - 1)*v.std(ddof=1)/n**.5
-    return Estimate(mean, float(mean - half), float(mean + half))
+    observed = rate_interval(v < 0, level)
+    below, above = max(half, observed.high - observed.value), max(half, observed.value - observed.low)
+    return Estimate(mean, float(mean - below), float(mean + above))
 
 # %% ../../nbs/758_bias.fairness.ipynb #9035dd5f
 def _joint_level(intervals):

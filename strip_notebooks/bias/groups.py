@@ -184,8 +184,8 @@ def _new_center_groups(cohort):
     if (first.split == 'val').sum() < fewest_shown:
         raise GroupError('The test set has only new centers, and there are too few validation patients '
                          'to compare with.')
-    note = ('The test set has only new centers: they are compared with the validation patients, who are from the '
-            'training centers and on whom the epoch and the threshold were chosen.')
+    note = ('The test set has only new centers. The patients of the training centers, with whom they are compared, '
+            'are the validation patients, on whom the epoch and the threshold were chosen.')
     groups = without_rare(at, ids).reindex(sorted(cohort.patient_id.unique()))
     return Grouping('center', 'center', groups, ids, (note,))
 
@@ -237,12 +237,13 @@ def all_groupings(
     return found, left_out
 
 # %% ../../nbs/750_bias.groups.ipynb #cc40f9d8
-least_of_class = 5      # Patients of each class, below which a group has no numbers
+least_of_class = 5      # Patients of the positive class and of the others, below which a group has no AUC and no gap
 
 def group_table(
     found,                  # `Grouping` objects
     labels:pd.Series,       # Index patient; the class of each
     classes,                # Class names
+    positive:str,           # The positive class; the others count together
 )->pd.DataFrame:            # attribute, group, patients, a column per class, note
     "How many patients of each class are in each group"
     rows = []
@@ -251,6 +252,7 @@ def group_table(
         for name in grouping.names:
             counts = labels[groups.index[groups == name]].value_counts()
             counts = counts.reindex(list(classes), fill_value=0).astype(int)
-            note = 'too few patients of a class' if counts.min() < least_of_class else ''
+            fewest = min(counts[positive], counts.sum() - counts[positive])
+            note = 'too few patients of a class' if fewest < least_of_class else ''
             rows.append(dict(attribute=grouping.words, group=name, patients=int(counts.sum()), **counts, note=note))
     return pd.DataFrame(rows)

@@ -198,6 +198,7 @@ def mitigation_table(
         decided = post_processed(patients, spec['threshold'])
         methods['thresholds by fairlearn'] = None, decided
         lots = ((decided > .01) & (decided < .99)).sum()
-        if lots: said.append(f'fairlearn draws {lots} of {plural(len(decided), "decision")} by lot.')
+        of_all = f'{lots} of {plural(len(decided), "decision")}'
+        if lots: said.append(f'With thresholds by fairlearn, {of_all} are partly random.')
     except StripError as e: said.append(str(e))
     return compared_methods(test.y, methods, test.groups == group, resampling), said

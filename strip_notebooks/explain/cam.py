@@ -54,7 +54,7 @@ def class_targets(
     targets,    # None, a class (name or number), an array with one per image, or a tuple of two
     count:int,  # Images
 ):              # None; (N,) class numbers; or (N, 2), the first minus the second
-    "The target of each image as class numbers, None for the predicted class"
+    "The target of each image as class numbers, None for that of the highest logit"
     if targets is None: return None
     if isinstance(targets, tuple) and len(targets) == 2:
         return np.tile([_class_number(classes, c) for c in targets], (count, 1))
@@ -172,18 +172,7 @@ class Heat:
     def __repr__(self): return (f'Heat({plural(len(self.maps), "map")} of {self.maps.shape[1]} x {self.maps.shape[2]}, '
                                 f'{self.empty.sum()} empty, {plural(self.passes, "pass", "passes")})')
 
-# %% ../../nbs/605_explain.cam.ipynb #db998764
-def _batch_maps(model, x, targets, layer, method):
-    "Maps (B, h, w) and targets of one batch as arrays, and the passes"
-    leaf,logits,place = _cut(model, layer, x)
-    if targets is None: targets = logits.argmax(1).cpu().numpy()
-    a = place(leaf.detach())
-    if method == 'eigencam': maps = _eigencam(a)
-    elif method == 'scorecam': maps = _scorecam(model, x, a, targets)
-    else: maps = _by_gradient[method](a, _gradient(_score(logits, targets), leaf, place, layer))
-    masked = min(most_channels, a.shape[1]) if method == 'scorecam' else 0
-    return maps.detach().clamp(min=0).float().cpu().numpy(), targets, len(x)*(1 + masked)
-
+# %% ../../nbs/605_explain.cam.ipynb #f95b20fa
 def network_of(
     bundle:Bundle,  # From `load_bundle`
 ):                  # The PyTorch model
@@ -194,7 +183,6 @@ def network_of(
     raise ExplainError(f'A bundle with the runtime {bundle.runtime!r} has no gradient; '
                        'explain the bundle that it was derived from, which has the runtime torch.')
 
-# %% ../../nbs/605_explain.cam.ipynb #f95b20fa
 _checked = WeakSet()    # Networks that can be explained: the check costs as much as two images
 
 def _check_request(bundle, pixels, layer, method):
@@ -207,11 +195,23 @@ def _check_request(bundle, pixels, layer, method):
         _checked.add(model)
     return model
 
+# %% ../../nbs/605_explain.cam.ipynb #db998764
+def _batch_maps(model, x, targets, layer, method):
+    "Maps (B, h, w) and targets of one batch as arrays, and the passes"
+    leaf,logits,place = _cut(model, layer, x)
+    if targets is None: targets = logits.argmax(1).cpu().numpy()
+    a = place(leaf.detach())
+    if method == 'eigencam': maps = _eigencam(a)
+    elif method == 'scorecam': maps = _scorecam(model, x, a, targets)
+    else: maps = _by_gradient[method](a, _gradient(_score(logits, targets), leaf, place, layer))
+    masked = min(most_channels, a.shape[1]) if method == 'scorecam' else 0
+    return maps.detach().clamp(min=0).float().cpu().numpy(), targets, len(x)*(1 + masked)
+
 # %% ../../nbs/605_explain.cam.ipynb #4844b690
 def heat_maps(
     bundle:Bundle,          # From `load_bundle`, with the runtime torch
     pixels,                 # (N, S, S, 3) uint8: preprocessed, not normalized
-    targets=None,           # None: the predicted class; a class; one per image; or a tuple of two for their difference
+    targets=None,           # None: the highest logit; a class; one per image; or a tuple of two for their difference
     method:str='gradcam',   # One of `cam_methods`
     layer:str='',           # One of `target_layers`; empty takes the last
     batch_size:int=16,      # Images at a time

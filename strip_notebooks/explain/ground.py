@@ -18,6 +18,7 @@ from ..data.preprocess import Preprocessing
 from ..data.synthetic import Preset, as_preset, preset_named
 from .cam import upsampled
 from .truth import depth_layers, mean_estimate
+from ..statistics import wilson_interval
 
 nan = float('nan')
 
@@ -99,11 +100,12 @@ def ground_truth_table(
     return pd.DataFrame(rows, columns=ground_columns, dtype=float)
 
 # %% ../../nbs/612_explain.ground.ipynb #b825e80f
+_hits = 'hottest pixel on label-carrying tissue'
 _lines = {'heat on label-carrying tissue': lambda t: t.heat,
           'area of label-carrying tissue': lambda t: t.area,
           'heat minus area': lambda t: t.heat - t.area,
           'heat minus area, at equal depth in the clot': lambda t: t.heat - t.at_depth,
-          'hottest pixel on label-carrying tissue': lambda t: t.hit,
+          _hits: lambda t: t.hit,
           'hottest pixel minus area': lambda t: t.hit - t.area}
 
 def ground_estimates(
@@ -114,4 +116,6 @@ def ground_estimates(
     "Each share and each difference with its 95 % interval over patients"
     used = found.dropna()
     rows = [(name, *mean_estimate(of(used), resamples, seed), len(used)) for name,of in _lines.items()]
-    return pd.DataFrame(rows, columns=['measure', 'value', 'low', 'high', 'patients'])
+    table = pd.DataFrame(rows, columns=['measure', 'value', 'low', 'high', 'patients'])
+    if len(used): table.loc[list(_lines).index(_hits), ['low', 'high']] = wilson_interval(used.hit.sum(), len(used))
+    return table

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['heat_colors', 'color_bar_words', 'groups', 'heat_share_outside', 'heat_share', 'overlay', 'color_bar',
-           'side_by_side_figure', 'decisions', 'notable_patients', 'contact_sheet_figure']
+           'side_by_side_figure', 'confidences', 'notable_patients', 'contact_sheet_figure']
 
 # %% ../../nbs/608_explain.pictures.ipynb #dd11298c
 import numpy as np
@@ -14,6 +14,7 @@ from ..core import figure_name
 from ..data.preprocess import tissue_mask
 from .cam import upsampled
 from .network import ExplainError
+from ..operating import predicted_class
 from ..predictions import aggregate_patients, classes_of
 
 # %% ../../nbs/608_explain.pictures.ipynb #4c42d3d7
@@ -89,21 +90,16 @@ def side_by_side_figure(
     return fig
 
 # %% ../../nbs/608_explain.pictures.ipynb #668803ef
-def decisions(
+def confidences(
     predictions:pd.DataFrame,   # Predictions, per image or per patient
     positive:str,               # The positive class
     threshold:float,            # Classified as positive at or above this probability, 0 to 1
-)->tuple:                       # (N,) names of classes, (N,) from 0 to 1
-    "The predicted class of each row, and how far the model is from predicting another"
+)->np.ndarray:                  # (N,) from 0 to 1
+    "How far each row is from another predicted class"
     classes = classes_of(predictions)
-    p = predictions[[f'p_{c}' for c in classes]].to_numpy(float)
-    others = [k for k,c in enumerate(classes) if c != positive]
-    best = np.array(others)[p[:, others].argmax(1)]
-    at = classes.index(positive)
-    predicted = np.array(classes)[np.where(p[:, at] >= threshold, at, best)]
-    if len(classes) == 2: return predicted, abs(p[:, at] - threshold)
-    top = np.sort(p, 1)
-    return predicted, top[:, -1] - top[:, -2]
+    if len(classes) == 2: return abs(predictions[f'p_{positive}'].to_numpy(float) - threshold)
+    top = np.sort(predictions[[f'p_{c}' for c in classes]].to_numpy(float), 1)
+    return top[:, -1] - top[:, -2]
 
 # %% ../../nbs/608_explain.pictures.ipynb #38b181fe
 groups = ('right, most confident', 'wrong, most confident', 'most uncertain')
@@ -116,7 +112,8 @@ def notable_patients(
 )->pd.DataFrame:            # group, image_id, label, predicted, p: one row per patient and group
     "The patients whose maps should be seen, each with the image that is nearest to the patient's probability"
     column, table = f'p_{bundle.positive}', aggregate_patients(images, bundle.how)
-    table['predicted'],table['confidence'] = decisions(table, bundle.positive, bundle.threshold)
+    at = bundle.positive, bundle.threshold
+    table = table.assign(predicted=predicted_class(table, *at), confidence=confidences(table, *at))
     own = images[images.image_id.isin(shown)].merge(table[['patient_id', column, 'predicted', 'confidence']],
                                                     on='patient_id', suffixes=('_image', ''))
     own = own.assign(p=own[column], gap=abs(own[f'{column}_image'] - own[column]))

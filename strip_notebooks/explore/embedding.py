@@ -21,8 +21,9 @@ from .parts import Explorer, kept_picture, menu, paragraph, said
 from .sources import Network, may_keep
 from ..features.embedding import image_embeddings
 from ..features.projection import group_styles, project, projection_figure, projection_names
+from ..operating import predicted_class
 from ..predictions import classes_of
-from ..uncertainty.measures import decisions, entropy_of
+from ..uncertainty.measures import entropy_of
 
 # %% ../../nbs/945_explore.embedding.ipynb #d58f68b6
 def point_table(
@@ -31,7 +32,7 @@ def point_table(
     "What the scatter plot knows about each test image"
     images, bundle, classes = network.images, network.bundle, classes_of(network.images)
     p = images[[f'p_{c}' for c in classes]].to_numpy()
-    predicted = np.array(classes)[decisions(p, classes.index(bundle.positive), bundle.threshold)]
+    predicted = predicted_class(images, bundle.positive, bundle.threshold)
     true = p[np.arange(len(p)), [classes.index(label) for label in images.label]]
     centers = images.center_id.replace('', 'unknown') if 'center_id' in images else 'unknown'
     return images.assign(center_id=centers, predicted=predicted, uncertainty=entropy_of(p), error=1 - true,
@@ -93,7 +94,7 @@ def point_under(
 def _pairs(network, images):
     "Image and heat map side by side, (n, S, 2 S, 3), and why there is no map"
     pixels = network.pictures.cache.images[network.pictures.cache.rows(images.image_id)]
-    try: heat = heat_maps(network.bundle, pixels)
+    try: heat = heat_maps(network.bundle, pixels, list(images.predicted))
     except StripError as e: return pixels, str(e)
     return np.stack([np.hstack([image, overlay(image, m)]) for image,m in zip(pixels, heat.maps)]), ''
 

@@ -22,12 +22,13 @@ from ..explain.pictures import (color_bar, contact_sheet_figure, heat_share_outs
                                               overlay)
 from .parts import Explorer, figure_png, kept_picture, menu, paragraph, said, set_options
 from .sources import Network, may_keep
+from ..operating import predicted_class
 from ..predictions import classes_of
 
 # %% ../../nbs/944_explore.heat.ipynb #681d50d9
 def target_options(
     classes,    # Names of the classes
-)->list:        # (text, value) pairs; the values are what `heat_maps` takes as targets
+)->list:        # (text, value) pairs; None is the predicted class, the others are targets of `heat_maps`
     "The entries of the menu of classes"
     pairs = [(f'{a} rather than {b}', (a, b)) for a,b in permutations(classes, 2)]
     return [('predicted class', None), *((c, c) for c in classes), *pairs]
@@ -81,6 +82,7 @@ class Explanation:
     heat:np.ndarray     # (h, w) 0 or more
     label:str           # The true class
     p:dict              # Class -> predicted probability
+    predicted:str       # The predicted class
     target:str          # What the map explains, in words
     method:str          # One of `cam_methods`
     passes:int          # Of the network
@@ -103,12 +105,13 @@ def explain_image(
     layer:str='',       # A value of `layer_options`
 )->Explanation:
     "The heat map of one test image; an `ExplainError` if the network cannot be explained"
-    row, cache = network.images[network.images.image_id == image_id].iloc[0], network.pictures.cache
-    image, classes, start = cache.images[cache.rows([image_id])[0]], network.bundle.classes, perf_counter()
-    heat = heat_maps(network.bundle, image[None], target, method, layer)
-    words = _target_words(classes, heat.targets[0])
-    return Explanation(image, heat.maps[0], row.label, {c: row[f'p_{c}'] for c in classes}, words, method,
-                       heat.passes, perf_counter() - start)
+    row, cache = network.images[network.images.image_id == image_id], network.pictures.cache
+    image, bundle, start = cache.images[cache.rows([image_id])[0]], network.bundle, perf_counter()
+    predicted = str(predicted_class(row, bundle.positive, bundle.threshold)[0])
+    heat = heat_maps(bundle, image[None], target or predicted, method, layer)
+    words, p = _target_words(bundle.classes, heat.targets[0]), {c: row[f'p_{c}'].item() for c in bundle.classes}
+    return Explanation(image, heat.maps[0], row.label.item(), p, predicted, words, method, heat.passes,
+                       perf_counter() - start)
 
 # %% ../../nbs/944_explore.heat.ipynb #b9943ad2
 def _found_words(e):
@@ -121,9 +124,8 @@ def explanation_words(
     e:Explanation,  # From `explain_image`
 )->str:
     "An explanation as a few sentences"
-    predicted = e.target == max(e.p, key=e.p.get)
     sentences = [f'True class {e.label}.', f'{method_names[e.method]} for {e.target}' +
-                 (', the class with the highest probability.' if predicted else '.'), _found_words(e)]
+                 (', the predicted class.' if e.target == e.predicted else '.'), _found_words(e)]
     if e.method == 'eigencam': sentences.append('Eigen-CAM does not depend on the class.')
     if e.method == 'scorecam': sentences.append(f'It took {plural(e.passes, "pass", "passes")} and {e.seconds:.1f} s.')
     return ' '.join(sentences)
@@ -229,7 +231,7 @@ def heat_twin(
     try:
         chosen = notable_patients(network.images, network.images.image_id, network.bundle, each)
         pixels = network.pictures.cache.images[network.pictures.cache.rows(chosen.image_id)]
-        maps = heat_maps(network.bundle, pixels).maps
+        maps = heat_maps(network.bundle, pixels, list(chosen.predicted)).maps
         fig = contact_sheet_figure(chosen, pixels, maps, network.bundle.positive)
     except StripError as e: return said(str(e))
     return kept_picture(fig, 'Patients that the network classified right and wrong, with their heat maps')

@@ -77,7 +77,10 @@ def score_auc(
     codes = np.asarray(codes)
     if scores.shape[1] == 2: return auc_interval(codes, scores[:, 1])
     values = resampled(lambda w: _mean_auc(codes, scores, w), codes, n_resamples, seed)
-    return interval(values, _mean_auc(codes, scores)[0])
+    found = interval(values, _mean_auc(codes, scores)[0])
+    if not np.isnan(found.low) or np.isnan(found.value): return found
+    ends = np.mean([auc_interval((codes == c).astype(int), s) for c, s in enumerate(scores.T)], 0)
+    return Estimate(found.value, float(ends[1]), float(ends[2]))
 
 # %% ../../nbs/634_features.probes.ipynb #810daa7a
 def _bootstrap_p(values):

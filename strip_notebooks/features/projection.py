@@ -41,7 +41,7 @@ def _umap(x, seed):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')             # of the packages that it compiles with
         from umap import UMAP
-        epochs = 150 if len(x) > 2000 else None     # None: 500
+        epochs = 120 if len(x) > 2000 else None     # None: 500
         tool = UMAP(n_neighbors=min(15, len(x) - 1), n_epochs=epochs, init=_start(x), random_state=seed, n_jobs=1)
         return tool.fit_transform(x)
 
@@ -142,6 +142,6 @@ def projection_figure(
     for ax, (title, (names, styles)) in zip(axes.flat, _panels(table).items()):
         _scatter(ax, points, names, styles)
         ax.set(xticks=[], yticks=[])
-        ax.set_title(title, fontsize=10)
+        ax.set_title(title, fontsize=9)
     fig.suptitle(f'{projection_names[method]} of the features, {plural(len(points), unit)}', fontsize=10)
     return fig

@@ -205,6 +205,9 @@ def robustness_index(
     values, images = np.asarray(values)[known], images[known].reset_index(drop=True)
     if images.patient_id.nunique() < 5:
         return RobustnessIndex(nan, nan, none, 'fewer than 5 patients of a known center')
+    if len(images) < 2*k:
+        note = f'only {plural(len(images), "image")} of known centers; {plural(k, "neighbor")} need twice as many'
+        return RobustnessIndex(nan, nan, none, note)
     counts = _counts(nearest_images(values, images.patient_id, k), images)
     (so, so_all, _), (os, os_all, _) = [[c.sum() for c in kind] for kind in counts]
     if not so_all: return RobustnessIndex(nan, nan, none, 'no class was seen at two centers')

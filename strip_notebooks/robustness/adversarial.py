@@ -14,7 +14,7 @@ from ..bundle import Bundle
 from ..core import StripError, derive_seed, figure_name
 from ..predictions import aggregate_patients, make_predictions
 from .corruptions import check_pixels
-from .scores import unchanged
+from .scores import model_predictor, predicted_class, unchanged
 
 # %% ../../nbs/720_robustness.adversarial.ipynb #9c958b8a
 def network_input(
@@ -144,8 +144,8 @@ def attacked_patients(
     rows, classes = cache.rows(cohort.image_id), list(bundle.classes)
     targets, seeds = [classes.index(c) for c in cohort.label], [derive_seed(seed, i) for i in cohort.image_id]
     found = {}
-    for i in range(0, len(rows), 32):
-        some = slice(i, i + 32)
+    for i in range(0, len(rows), 16):
+        some = slice(i, i + 16)
         pixels = np.asarray(cache.images[rows[some]])
         changed = attacked_pixels(bundle, pixels, targets[some], bounds, steps, seeds[some])
         for condition, p in {unchanged: pixels, **changed}.items():
@@ -189,10 +189,12 @@ def attack_example(
     target = list(bundle.classes).index(label)
     (changed,) = attacked_pixels(bundle, image[None], [target], [bound], steps)['PGD', check_bound(bound)]
     added = 127.5 + (changed.astype(float) - image)*127.5/bound
-    before, after = bundle.probabilities(np.stack([image, changed]))[:, target]
-    name = figure_name(label)
-    titles = f'p({name}) = {before:.2f}', f'change, {127/bound:.0f} times', f'p({name}) = {after:.2f}'
-    fig, axes = plt.subplots(1, 3, figsize=(5, 1.95), layout='constrained')
+    p = bundle.probabilities(np.stack([image, changed]))
+    table = pd.DataFrame(p, columns=['p_' + c for c in bundle.classes])
+    said = [figure_name(c) for c in predicted_class(table, model_predictor(bundle))]
+    before, after = (f'p({figure_name(label)}) = {q:.2f}\nclassified as {c}' for q, c in zip(p[:, target], said))
+    titles = before, f'change, {127/bound:.0f} times', after
+    fig, axes = plt.subplots(1, 3, figsize=(5, 2.1), layout='constrained')
     for ax, title, picture in zip(axes, titles, (image, added.astype(np.uint8), changed)):
         ax.imshow(picture)
         ax.set_title(title, fontsize=9)

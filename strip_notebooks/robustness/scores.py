@@ -6,7 +6,7 @@
 __all__ = ['unchanged', 'metric_words', 'Predictor', 'model_predictor', 'mean_colors', 'color_predictor', 'study_conditions',
            'condition_words', 'condition_patients', 'Effects', 'effects', 'change_table', 'predicted_class',
            'flip_table', 'balanced_errors', 'error_ratios', 'error_table', 'ranking_table', 'change_figure',
-           'coverage_table']
+           'paired_proportion_change', 'coverage_table']
 
 # %% ../../nbs/710_robustness.scores.ipynb #aac9dc6f
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ def condition_words(
     return corruptions[name].words if name in corruptions else name
 
 # %% ../../nbs/710_robustness.scores.ipynb #977eff2f
-def _batches(cohort, cache, condition, seed, size=64):
+def _batches(cohort, cache, condition, seed, size=16):
     "The pixels of a cohort under a condition, in batches"
     (name, severity), rows = condition, cache.rows(cohort.image_id)
     seeds = picture_seeds(cohort.image_id, name, seed)
@@ -329,23 +329,40 @@ def change_figure(
     return fig
 
 # %% ../../nbs/710_robustness.scores.ipynb #7718db3e
+def _correlation(before, after):
+    "Phi of two outcomes of the same patients, lowered by the continuity correction; 0 where one is constant"
+    n, both = len(before), (before & after).sum()
+    p, q = before.sum(), after.sum()
+    if 0 in (p, q) or n in (p, q): return 0.
+    product = both*(n - p - q + both) - (p - both)*(q - both)
+    if product > 0: product = max(product - n/2, 0)
+    return float(product/np.sqrt(float(p)*(n - p)*q*(n - q)))
+
+def paired_proportion_change(
+    before,     # (P,) bool, an outcome of each patient
+    after,      # (P,) bool, the same later
+)->Estimate:    # Share after minus share before
+    "The change of a proportion with its 95 % interval (Newcombe 1998)"
+    before, after = np.asarray(before, bool), np.asarray(after, bool)
+    def ends(outcome): return outcome.mean(), *wilson_interval(int(outcome.sum()), len(outcome))
+    (p, p_low, p_high), (q, q_low, q_high), phi = ends(before), ends(after), _correlation(before, after)
+    def width(a, b): return np.sqrt(max(0, a*a - 2*phi*a*b + b*b))
+    value = float(q - p)
+    return Estimate(value, float(value - width(q - q_low, p_high - p)), float(value + width(q_high - q, p - p_low)))
+
+# %% ../../nbs/710_robustness.scores.ipynb #98d64ee0
 def coverage_table(
     e:Effects,              # From `effects`
     sets,                   # Takes (P, C) probabilities, in sorted order of the classes; returns (P, C) bool
-    n_resamples:int=1000,   # Resamples of patients
-    seed:int=0,             # Which resamples
 )->pd.DataFrame:            # corruption, severity, unchanged, corrupted, value (of the change), low, high, size
     "The share of patients whose set contains their class under each condition, with the paired interval of its change"
     def inside(t):
         found = sets(t[['p_' + c for c in classes_of(t)]].to_numpy(float))
         return found[np.arange(len(t)), t.label.map(classes_of(t).index)], found.sum(1).mean()
     found = {c: inside(t) for c, t in e.patients.items()}
-    before, level = found[unchanged][0].astype(float), expanded_level(max(2, len(e.y)))
-    rows = []
+    before, rows = found[unchanged][0], []
     for (name, severity), (hit, size) in found.items():
-        change = hit - before
-        values = resampled(lambda w: w @ change/w.sum(1), e.y, n_resamples, seed)
-        estimate = interval(values, change.mean(), level)
+        estimate = paired_proportion_change(before, hit)
         if name: rows.append([condition_words(name), severity, before.mean(), hit.mean(), *estimate, size])
     columns = ['corruption', 'severity', 'unchanged', 'corrupted', 'value', 'low', 'high', 'size']
     return pd.DataFrame(rows, columns=columns)
