@@ -237,7 +237,8 @@ def _kinds(table):
     named = {}
     for r in areas.itertuples():
         interval = f', 95 % CI {r.low:.2f}–{r.high:.2f}' if r.low == r.low else ''
-        named.setdefault(_found(r), []).append(f'{r.Index} ({r.value:.2f}{interval}; {100*shares.value[r.Index]:.0f} %)')
+        share = f'{100*shares.value[r.Index]:.0f} %'
+        named.setdefault(_found(r), []).append(f'{r.Index} ({r.value:.2f}{interval}; {share})')
     return '; '.join(f'{listing(kinds)} {verdict}' for verdict, kinds in named.items())
 
 # %% ../../nbs/680_uncertainty.outliers.ipynb #7f13a9fa
