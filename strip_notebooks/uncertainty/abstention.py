@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import StripError
+from ..core import StripError, okabe_ito
 from ..metrics.compare import least_patients
 from ..metrics.intervals import expanded_level, proportion_interval
 from ..statistics import Estimate, cumulative_counts, holm, interval, resampled
@@ -196,9 +196,9 @@ def risk_coverage_figure(
     fig, ax = plt.subplots(figsize=(4.6, 3.4), layout='constrained')
     ax.axhline(wrong.mean(), color='.5', ls='--', lw=1, label='random order')
     ax.plot(*_ideal_curve(wrong.sum(), len(wrong)), color='.5', ls=':', lw=1, label='ideal order')
-    for (name, u), color in zip(scores.items(), ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']):
+    for k, ((name, u), color) in enumerate(zip(scores.items(), okabe_ito)):
         curve = risk_coverage(wrong, u)
-        ax.step(curve.coverage, curve.risk, where='post', color=color, lw=1.3, label=name)
+        ax.step(curve.coverage, curve.risk, where='post', color=color, lw=1.2 + (len(scores) - 1 - k), label=name)
     if risk is not None: ax.axhline(risk, color='k', lw=.7, label=f'wanted risk {risk:g}')
     top = max(.05, 1.3*(risk or 0), 2*wrong.mean())
     ax.set(xlabel='share of patients that are decided', ylabel='share of errors among them')

@@ -276,5 +276,5 @@ def fit_sentence(
     t = fit.temperature
     if np.isnan(t.low): return f'Temperature {t}, fitted to {who}.'
     meaning = 'the predictions were too sure' if t.low > 1 else 'the predictions were too careful'
-    if t.low <= 1 <= t.high: meaning = 'not distinguishable from 1, which changes nothing'
+    if t.low <= 1 <= t.high: meaning = 'not distinguishable from 1, the value that changes nothing'
     return f'Temperature {t}, fitted to {who}: {meaning}.'

@@ -17,6 +17,7 @@ from ..metrics.intervals import proportion_interval
 from ..predictions import aggregate_patients, check_predictions
 from ..statistics import Estimate
 from .calibration import class_columns, fitting_rows
+from .reliability import shown_centers
 
 # %% ../../nbs/670_uncertainty.conformal.ipynb #c3ed0111
 class ConformalError(StripError):
@@ -154,11 +155,10 @@ def _group_rows(name, inside, y):
     return [dict(group=name, patients=len(y), measure=m, **e._asdict()) for m, e in found.items()]
 
 def _centers(patients):
-    "Name -> which patients, of each center, if there are several"
+    "Name -> which patients, of each center with enough patients to be shown, if there are several centers"
     if 'center_id' not in patients: return {}
-    center = patients.center_id.replace('', np.nan).fillna('unknown')
-    names = sorted(set(center))
-    return {f'center {name}': (center == name).to_numpy() for name in names} if len(names) > 1 else {}
+    shown, left_out = shown_centers(patients)
+    return {f'center {name}': here for name, here in shown.items()} if len(shown) + left_out > 1 else {}
 
 # %% ../../nbs/670_uncertainty.conformal.ipynb #b00d6faf
 def coverage_table(
@@ -167,7 +167,7 @@ def coverage_table(
     classes,                    # The classes in the order of the bundle
     how:str='mean',             # How the images of a patient are aggregated
 )->pd.DataFrame:                # group, patients, measure, value, low, high
-    "Coverage and size of the prediction sets with 95 % intervals, of all patients, per class and per center"
+    "Coverage and size of the prediction sets with 95 % intervals, of all patients, per class and per larger center"
     p, y, patients = patient_matrix(predictions, classes, how)
     inside, groups = conformal_sets(p, parameters), {'all patients': np.ones(len(y), bool)}
     groups |= {name: y == c for c, name in enumerate(classes)}
@@ -182,15 +182,16 @@ def _percent(e):
 
 def _verdict(coverage, level):
     "Whether the measured coverage agrees with the wanted one"
-    if coverage.high < level: return f'less than the {100*level:g} % that were wanted'
-    return f'as wanted, {100*level:g} % or more' if coverage.low >= level else f'in agreement with {100*level:g} %'
+    if coverage.high < level: return f'less than the {100*level:g} % that the sets were fitted for'
+    if coverage.low > level: return f'more than the {100*level:g} % that the sets were fitted for'
+    return f'in agreement with the {100*level:g} % that the sets were fitted for'
 
 def _size_words(rows):
     "What the sizes of the sets mean, without the sizes that no set has"
-    meaning = {'one class': 'one class', 'several classes': 'several classes, which decides nothing',
-               'no class': 'no class, as they are unlike the patients of each class'}
+    meaning = {'one class': 'have one class in their set', 'no class': 'have no class, as they are unlike all others',
+               'several classes': 'have several classes, so the set leaves the decision open'}
     parts = {words: rows['all patients', f'sets of {k}'] for k, words in meaning.items()}
-    return '; '.join(f'{_percent(e)} of the patients get {words}' for words, e in parts.items() if e.value > 0) + '.'
+    return listing(f'{_percent(e)} of the patients {words}' for words, e in parts.items() if e.value > 0) + '.'
 
 # %% ../../nbs/670_uncertainty.conformal.ipynb #30a247e0
 def conformal_sentences(
@@ -205,8 +206,8 @@ def conformal_sentences(
            f'{plural(coverage.patients, "test patient")}, {_verdict(coverage, parameters.level)}.',
            f'The mean size of a set is {size.value:.1f}: ' + _size_words(rows)]
     alone = rows.get(('all patients', 'correct among sets of one class'))
-    if alone: out.append(f'Where the set is one class, it is correct in {_percent(alone)} of the patients; '
-                         'that is measured, and not promised.')
+    if alone: out.append(f'Where the set has one class, it is the right one in {_percent(alone)} of the patients; '
+                         'this is measured on the test set, and not guaranteed.')
     return out + _range_sentences(parameters, classes)
 
 # %% ../../nbs/670_uncertainty.conformal.ipynb #5f5704d5

@@ -24,7 +24,7 @@ def entropy_of(
     return entr(np.asarray(p, float)).sum(-1)
 
 # %% ../../nbs/654_uncertainty.measures.ipynb #93e8ad29
-measure_names = ['total', 'aleatoric', 'epistemic']
+measure_names = dict(total='predictive entropy', aleatoric='expected entropy', epistemic='mutual information')
 
 def uncertainty_measures(
     members,            # (M, N, C) probabilities of each member
@@ -132,14 +132,15 @@ def uncertainty_figure(
     score,          # (P,) uncertainty
     label:str,      # What the uncertainty is, with its unit
 ):                  # Matplotlib figure
-    "Histograms of an uncertainty for right and for wrong decisions"
+    "Stacked histograms of an uncertainty for wrong and for right decisions"
     import matplotlib.pyplot as plt
     wrong, score = np.asarray(wrong, bool), np.asarray(score, float)
     fig, ax = plt.subplots(figsize=(4.2, 2.6), layout='constrained')
     bins = np.histogram_bin_edges(score, 16)
-    for which, name, color in ((~wrong, 'right', '#56B4E9'), (wrong, 'wrong', '#D55E00')):
-        ax.hist(score[which], bins, color=color, alpha=.75, label=f'{name}, {plural(int(which.sum()), "patient")}')
+    names = [f'{name}, {plural(int(n), "patient")}' for name, n in (('wrong', wrong.sum()), ('right', (~wrong).sum()))]
+    ax.hist([score[wrong], score[~wrong]], bins, stacked=True, color=['#D55E00', '#56B4E9'], label=names)
     ax.set(xlabel=label, ylabel='patients')
+    ax.yaxis.get_major_locator().set_params(integer=True)
     ax.spines[['top', 'right']].set_visible(False)
-    ax.legend(frameon=False, fontsize=8)
+    fig.legend(frameon=False, fontsize=8, loc='outside upper right', ncols=2)
     return fig

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from ..bundle import Bundle, Outliers
-from ..core import StripError, derive_seed, plural
+from ..core import StripError, derive_seed, listing, plural
 from ..features.embedding import check_finite, image_embeddings
 from ..metrics.intervals import proportion_interval
-from ..statistics import Estimate, auc, auc_interval
+from ..statistics import auc, auc_interval
 
 # %% ../../nbs/680_uncertainty.outliers.ipynb #022b7d81
 class OutlierError(StripError):
@@ -222,14 +222,24 @@ def _beyond(r):
 
 def _meant(r, wanted):
     "Whether the share of alarms agrees with the wanted one"
-    if r.high < wanted: return f'fewer than the {100*wanted:g} % that were meant'
-    if r.low <= wanted: return f'in agreement with the {100*wanted:g} % that were meant'
-    return f'more than the {100*wanted:g} % that were meant: these patients are unlike those of the training'
+    if r.high < wanted: return f'fewer than the {100*wanted:g} % that were expected'
+    if r.low <= wanted: return f'in agreement with the {100*wanted:g} % that were expected'
+    return f'more than the {100*wanted:g} % that were expected: these patients are unlike those of the training'
 
 def _found(r):
     "Whether images of a kind are found, by the lower bound of the AUC"
-    if np.isnan(r.low): return 'too few images for an interval'
-    return 'found' if r.low > .9 else 'found in part' if r.low > .5 else 'not found'
+    if np.isnan(r.low): return 'cannot be judged, as there are too few'
+    return 'are found' if r.low > .9 else 'are found in part' if r.low > .5 else 'are not found'
+
+def _kinds(table):
+    "Clauses about all kinds of images, those with the same verdict together"
+    areas, shares = (table[table.measure == m].set_index('group') for m in ('AUC', 'beyond the limit'))
+    named = {}
+    for r in areas.itertuples():
+        interval = f', 95 % CI {r.low:.2f}–{r.high:.2f}' if r.low == r.low else ''
+        share = f'{100*shares.value[r.Index]:.0f} %'
+        named.setdefault(_found(r), []).append(f'{r.Index} ({r.value:.2f}{interval}; {share})')
+    return '; '.join(f'{listing(kinds)} {verdict}' for verdict, kinds in named.items())
 
 # %% ../../nbs/680_uncertainty.outliers.ipynb #7f13a9fa
 def outlier_sentences(
@@ -238,13 +248,9 @@ def outlier_sentences(
 )->list[str]:
     "How often test patients are beyond the limit, and which other images are found"
     own = table.iloc[0]
-    out = [f'{_beyond(own)} of {plural(own.number, "test patient")} have an image beyond the limit, '
-           f'{_meant(own, wanted)}.']
-    for r in table[table.measure == 'AUC'].itertuples():
-        share = table[(table.group == r.group) & (table.measure == 'beyond the limit')].iloc[0]
-        area = Estimate(r.value, r.low, r.high)
-        out.append(f'{r.group[0].upper()}{r.group[1:]}: {_found(r)}, AUC {area} against test patients; '
-                   f'{_beyond(share)} are beyond the limit.')
+    first = f'{_beyond(own)} of {plural(own.number, "test patient")} have an image beyond the limit for outliers, '
+    out, kinds = [f'{first}{_meant(own, wanted)}.'], _kinds(table)
+    if kinds: out.append(f'Images of another kind (AUC against test patients; share beyond the limit): {kinds}.')
     return out
 
 # %% ../../nbs/680_uncertainty.outliers.ipynb #fc602dd4

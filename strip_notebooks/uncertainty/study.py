@@ -28,11 +28,12 @@ from .conformal import (ConformalError, conformal_sentences, coverage_figure,
                                                    coverage_table, fit_conformal)
 from .errors import (Examined, abstain, abstention_sentence, detection_sentence, examine,
                                                 sampled_members)
-from .measures import error_detection, uncertainty_figure
+from .measures import error_detection, measure_names, uncertainty_figure
 from .outliers import (OutlierError, detection_table, distance_figure, fit_limit,
                                                   outlier_scores, outlier_sentences, patient_scores, strange_images)
 from .reliability import (center_calibration, center_sentence, helped_sentences,
-                                                     reliability_comparison, reliability_pair)
+                                                     left_out_words, reliability_comparison, reliability_pair,
+                                                     shown_centers)
 
 # %% ../../nbs/690_uncertainty.study.ipynb #ed07efa3
 @dataclass(eq=False)
@@ -74,17 +75,19 @@ def chance_sentence(
     predictions:pd.DataFrame,   # Its predictions, with labels and split
     seed:int=0,                 # Of the permutations, for more than two classes
 )->str:                         # Empty if the model is better than chance
-    "What has to be said first about a model that is not distinguishable from chance"
+    "What has to be said first about a model that is not better than chance"
     patients = aggregate_patients(of_test_set(predictions), bundle.how)
+    how, why = 'not distinguishable from', ''
     if len(bundle.classes) > 2:
         value, better = _beats_chance(patients, bundle.classes, seed)
         text = f'mean test AUC of the classes {value:.2f}'
     else:
         e = auc_interval(*patient_arrays(patients, bundle.positive))
         better, text = e.low > .5, f'test AUC {estimate_text(e)}'
+        if e.high < .5: how, why = 'worse than', ', as it takes one class for the other'
     if better: return ''
-    return (f'The model is not distinguishable from chance ({text}), so there is little to be certain of: '
-            'what follows describes its doubts, and does not make it useful.')
+    return (f'The model is {how} chance ({text}){why}: no calibration, prediction set or limit of uncertainty makes '
+            'it useful, and what follows only describes its predictions.')
 
 # %% ../../nbs/690_uncertainty.study.ipynb #d609acaa
 _detection_columns = ['measure', 'value', 'low', 'high', 'p', 'p_holm', 'difference', 'difference_low',
@@ -107,8 +110,8 @@ def error_tables(
 
 # %% ../../nbs/690_uncertainty.study.ipynb #6cfff7ba
 def _main_figures(found, risk):
-    "Histograms of one uncertainty, and the curves of the reference and of the total uncertainty of each source"
-    totals = [n for n in found.scores if n.endswith(', total')]
+    "Histograms of one uncertainty, and the curves of the reference and of the predictive entropy of each source"
+    totals = [n for n in found.scores if n.startswith(measure_names['total'])]
     name = totals[0] if totals else found.reference
     unit = ', nats' if totals else ''
     histogram = uncertainty_figure(found.wrong, found.scores[name], name + unit)
@@ -198,8 +201,10 @@ def _center_part(after, bundle, settings):
     "Calibration per center, where centers are known"
     if 'center_id' not in after: return Part()
     table = center_calibration(after, bundle.positive, settings.resamples, settings.seed)
-    return Part([center_sentence(table, bundle.positive)],
-                dict(center_calibration=(table, f'Mean predicted and observed share of {bundle.positive} per center')))
+    left_out = shown_centers(after)[1]
+    caption = f'Mean predicted and observed share of {bundle.positive} per center{left_out_words(left_out)}'
+    return Part([center_sentence(table, bundle.positive, left_out)],
+                dict(center_calibration=(table, caption if len(table) else '')))
 
 # %% ../../nbs/690_uncertainty.study.ipynb #f82beece
 def calibration_part(
@@ -211,7 +216,8 @@ def calibration_part(
     tested = (_with_known_centers(of_test_set(t)) for t in (fitted.before, fitted.after))
     before, after = (aggregate_patients(t, bundle.how) for t in tested)
     table = reliability_comparison(before, after, bundle.positive, settings.resamples, settings.seed)
-    helped, fit = helped_sentences(table), fitted.calibration
+    of = f'of {bundle.positive} ' if len(bundle.classes) > 2 else ''
+    helped, fit = helped_sentences(table, of), fitted.calibration
     sentences = [fit_sentence(fit), *helped] if fit else [fitted.reasons['calibration'], *helped[1:]]
     centers = _center_part(after, bundle, settings)
     shown, caption = table.drop(columns=['band_low', 'band_high']), 'Calibration of test patients, before and after'
@@ -230,12 +236,14 @@ def set_part(
     "Coverage and size of the prediction sets, and what they mean for a doctor"
     parameters = fitted.changes.get('conformal')
     if parameters is None: return Part([fitted.reasons['conformal']])
-    table = coverage_table(_with_known_centers(of_test_set(fitted.after)), parameters, bundle.classes, bundle.how)
+    tested = _with_known_centers(of_test_set(fitted.after))
+    table = coverage_table(tested, parameters, bundle.classes, bundle.how)
+    others = left_out_words(shown_centers(aggregate_patients(tested, bundle.how))[1]) if 'center_id' in tested else ''
     shown = table[table.measure.isin(_few_rows)].reset_index(drop=True)
     everyone = table[table.group == 'all patients'].set_index('measure').value
     return Part(conformal_sentences(table, parameters, bundle.classes),
-                dict(sets=(shown, 'Prediction sets of test patients: coverage and size')),
-                dict(sets=(coverage_figure(table, parameters.level), 'Coverage and size of prediction sets')),
+                dict(sets=(shown, f'Prediction sets of test patients: coverage and size{others}')),
+                dict(sets=(coverage_figure(table, parameters.level), f'Coverage and size of prediction sets{others}')),
                 dict(coverage=float(everyone['coverage']), set_size=float(everyone['mean size of the set'])))
 
 # %% ../../nbs/690_uncertainty.study.ipynb #96984a48
