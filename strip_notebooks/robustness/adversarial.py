@@ -12,9 +12,10 @@ import pandas as pd
 
 from ..bundle import Bundle
 from ..core import StripError, derive_seed, figure_name
+from ..operating import predicted_class
 from ..predictions import aggregate_patients, make_predictions
 from .corruptions import check_pixels
-from .scores import model_predictor, predicted_class, unchanged
+from .scores import model_predictor, unchanged
 
 # %% ../../nbs/720_robustness.adversarial.ipynb #9c958b8a
 def network_input(
@@ -191,7 +192,7 @@ def attack_example(
     added = 127.5 + (changed.astype(float) - image)*127.5/bound
     p = bundle.probabilities(np.stack([image, changed]))
     table = pd.DataFrame(p, columns=['p_' + c for c in bundle.classes])
-    said = [figure_name(c) for c in predicted_class(table, model_predictor(bundle))]
+    said = [figure_name(c) for c in predicted_class(table, bundle.positive, bundle.threshold)]
     before, after = (f'p({figure_name(label)}) = {q:.2f}\nclassified as {c}' for q, c in zip(p[:, target], said))
     titles = before, f'change, {127/bound:.0f} times', after
     fig, axes = plt.subplots(1, 3, figsize=(5, 2.1), layout='constrained')

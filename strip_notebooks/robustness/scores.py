@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['unchanged', 'metric_words', 'Predictor', 'model_predictor', 'mean_colors', 'color_predictor', 'study_conditions',
-           'condition_words', 'condition_patients', 'Effects', 'effects', 'change_table', 'predicted_class',
-           'flip_table', 'balanced_errors', 'error_ratios', 'error_table', 'ranking_table', 'change_figure',
+           'condition_words', 'condition_patients', 'Effects', 'effects', 'change_table', 'flip_table',
+           'balanced_errors', 'error_ratios', 'error_table', 'ranking_table', 'change_figure',
            'paired_proportion_change', 'coverage_table']
 
 # %% ../../nbs/710_robustness.scores.ipynb #aac9dc6f
@@ -20,7 +20,7 @@ import pandas as pd
 from ..core import StripError
 from ..metrics.intervals import expanded_level
 from ..metrics.values import metric_names, metric_values
-from ..operating import pick_threshold
+from ..operating import pick_threshold, predicted_class
 from ..predictions import aggregate_patients, classes_of, make_predictions, patient_arrays
 from .corruptions import check_severity
 from .stains import corrupted_pixels, corruption_names, corruptions, picture_seeds
@@ -204,25 +204,15 @@ def change_table(
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/710_robustness.scores.ipynb #ecf2e1ef
-def predicted_class(
-    patients:pd.DataFrame,  # Predictions per patient
-    predictor:Predictor,    # Whose
-)->np.ndarray:              # (P,) class names
-    "The predicted class of each patient"
-    classes = np.array(classes_of(patients))
-    p = patients[['p_' + c for c in classes]].to_numpy(float)
-    if len(classes) > 2: return classes[p.argmax(1)]
-    positive = patients['p_' + predictor.positive].to_numpy() >= predictor.threshold
-    return np.where(positive, predictor.positive, classes[classes != predictor.positive][0])
-
 def flip_table(
     e:Effects,      # From `effects`
 )->pd.DataFrame:    # corruption, severity, flipped, patients, value, low, high
     "The share of patients whose predicted class changes, with Wilson's interval"
-    before, rows = predicted_class(e.patients[unchanged], e.predictor), []
+    at, rows = (e.predictor.positive, e.predictor.threshold), []
+    before = predicted_class(e.patients[unchanged], *at)
     for (name, severity), t in e.patients.items():
         if (name, severity) == unchanged: continue
-        k, n = int((predicted_class(t, e.predictor) != before).sum()), len(t)
+        k, n = int((predicted_class(t, *at) != before).sum()), len(t)
         rows.append([condition_words(name), severity, k, n, k/n, *wilson_interval(k, n)])
     return pd.DataFrame(rows, columns=['corruption', 'severity', 'flipped', 'patients', 'value', 'low', 'high'])
 

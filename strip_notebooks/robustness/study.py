@@ -16,12 +16,13 @@ import pandas as pd
 from ..bundle import Bundle, BundleError
 from ..core import StripError, listing, plural
 from ..findings import estimate_text
+from ..operating import predicted_class
 from ..parts import Part
 from ..predictions import classes_of, patient_arrays
 from .adversarial import attack_example, attack_figure, attacked_patients
 from .centers import center_figure, center_sentence, left_out_shift, new_center_shift
 from .scores import (Effects, change_figure, change_table, color_predictor,
-    condition_patients, coverage_table, effects, error_table, flip_table, model_predictor, predicted_class,
+    condition_patients, coverage_table, effects, error_table, flip_table, model_predictor,
     ranking_table, study_conditions, unchanged)
 from .stains import corruption_figure
 from ..statistics import Estimate, auc_interval
@@ -309,7 +310,7 @@ def picture_to_show(
     "A picture of the test set that may be shown, if possible classified correctly and of the positive class"
     rows = shown[shown.split == 'test']
     if not len(rows): return None
-    answers = dict(zip(predictions.image_id, predicted_class(predictions, model_predictor(bundle))))
+    answers = dict(zip(predictions.image_id, predicted_class(predictions, bundle.positive, bundle.threshold)))
     rows = rows.assign(wrong=rows.image_id.map(answers) != rows.label, other=rows.label != bundle.positive)
     rows = rows.sort_values(['wrong', 'other', 'image_id'], kind='stable')
     return np.array(cache.images[cache.rows(rows.image_id[:1])[0]]), str(rows.label.iloc[0])
