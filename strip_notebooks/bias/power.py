@@ -47,7 +47,8 @@ def mixed_variance(
     a, twice = share*one + (1 - share)*other, [_both_ranked(np.asarray(v, float)) for v in (one, other)]
     below = share*twice[0] + (1 - share)*twice[1]
     above = share**2*twice[0] + (1 - share)**2*twice[1] + 2*share*(1 - share)*_above_both(one, other)
-    return (a*(1 - a) + (m - 1)*(above - a*a) + (n - 1)*(below - a*a))/(m*n)
+    variance = (a*(1 - a) + (m - 1)*(above - a*a) + (n - 1)*(below - a*a))/(m*n)
+    return np.maximum(variance, 0)      # not below 0 by rounding, as for a perfect AUC
 
 # %% ../../nbs/770_bias.power.ipynb #ec8f7d3b
 def gap_power(
