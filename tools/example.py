@@ -51,9 +51,13 @@ def small_png(
 def with_small_pictures(
     html:str,   # A report
 )->str:
-    "A page with its pictures in 128 colors each"
-    def small(m): return m[1] + base64.b64encode(small_png(Image.open(BytesIO(base64.b64decode(m[2]))).convert('RGB'))).decode()
-    return re.sub(r'(data:image/png;base64,)([A-Za-z0-9+/=]+)', small, html)
+    "A page with its pictures in 128 colors each, or as WebP where that is smaller, as for photographs"
+    def small(m):
+        picture, webp = Image.open(BytesIO(base64.b64decode(m[1]))).convert('RGB'), BytesIO()
+        picture.save(webp, 'webp', quality=65, method=6)
+        kind, data = min(('png', small_png(picture)), ('webp', webp.getvalue()), key=lambda way: len(way[1]))
+        return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
+    return re.sub(r'data:image/png;base64,([A-Za-z0-9+/=]+)', small, html)
 
 def save_example(
     report:Path,    # From a run of report
