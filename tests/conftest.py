@@ -31,7 +31,7 @@ def three_classes(folder):
     for patient in range(90):
         brightness = 90 + 50*(patient % 3)
         write_image(folder/f'{patient}.png', rng.normal(brightness, 20, (40, 40, 3)).clip(0, 255).astype(np.uint8))
-        rows.append(dict(image_id=f'i{patient}', patient_id=f'p{patient}', label=CLASSES[patient % 3], center_id=f'c{patient//3 % 2}',
+        rows.append(dict(image_id=f'scan of Doe_Jane_{patient}', patient_id=f'Doe_Jane_{patient}', label=CLASSES[patient % 3], center_id=f'c{patient//3 % 2}',
                          sex='FM'[patient//6 % 2], age=40 + patient//3, path=f'{patient}.png'))
     pd.DataFrame(rows).to_csv(folder/'cohort.csv', index=False)
 

@@ -52,6 +52,7 @@ def test_the_interval_of_the_gap_covers_the_truth():
         found += row.p_holm < .05
     assert covered >= 17 and found >= 18        # 95 % of 20 is 19; 16 or fewer would be chance in 1.6 %
 
+@pytest.mark.slow
 def test_null_cohorts_show_no_gap():
     "20 seeds, all attributes and metrics: at most 3 show any gap after correction (1 is expected)"
     shown = 0

@@ -119,7 +119,7 @@ def test_a_reader_that_has_enough_is_no_error(demo):
     (['demo', '--help'], 'FOLDER_OR_CSV'),
     (['runs', '--help'], 'compare'),
     (['run', '--help'], 'NAME=VALUE'),
-    (['run', '--list'], 'prepare, pretrain, report, train'),
+    (['run', '--list'], 'prepare, pretrain, report, robustness, train'),
     (['run'], 'derive'),
     (['run', 'train', '--help'], 'lr  (float, 0 or more, default 0.0)\n      Highest learning rate; 0 takes 0.002, or 0.0002 for pretrained weights'),
     (['run', 'derive', '--help'], 'temperature  (float, above 0 to below 1000, default 1.0)'),
@@ -357,7 +357,7 @@ def test_own_images_run_through_with_broken_ones_among_them(tmp_path):
         folder = tmp_path/'images'/('CE' if p % 2 else 'LAA')/f'Doe_Jane_{p:02}'
         write_image(folder/'scan.png', (rng.normal(150 + 50*(p % 2), 30, (64, 80, 3))).clip(0, 255).astype(np.uint8))
     for p in (0, 1, 2): next((tmp_path/'images').glob(f'*/Doe_Jane_{p:02}/scan.png')).write_bytes(b'\x89PNG\r\n\x1a\n torn')
-    done = clot('demo', '--data', 'images', '--size', '32', '--epochs', '2', '-p', 'evaluate.resamples=100', cwd=tmp_path)
+    done = clot('demo', '--quick', '--data', 'images', '--size', '32', '--epochs', '2', '-p', 'evaluate.resamples=100', cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     prepare = newest(tmp_path/'runs', 'prepare')
     assert prepare.metrics['quarantined'] == 3 and prepare.metrics['patients'] == 45

@@ -50,6 +50,11 @@ def test_the_report_names_no_patient_and_no_image(three):
     page = re.sub(r'src="data:[^"]*"', '', page)
     assert not [i for i in {*ids.patient_id, *ids.image_id} if i in page]
 
+def test_no_file_of_a_run_holds_an_id_of_the_users_table(three):
+    for step in study_steps:
+        for file in first(three, step).path.rglob('*'):
+            if file.is_file(): assert b'Doe_Jane' not in file.read_bytes(), f'{step}/{file.name} holds the id of a patient'
+
 def test_the_demo_ends_with_what_the_studies_found(three):
     said = (three/'said.txt').read_text()
     found = said[said.index('What the studies found:'):]

@@ -162,7 +162,7 @@ class RobustnessIndex(NamedTuple):
     note:str = ''       # Why there is no number, or no interval
 
 # %% ../../nbs/630_features.structure.ipynb #3fad8a3a
-def _sizes(*codes):
+def _group_sizes(*codes):
     "How many rows have the same codes as each row"
     joint = np.ravel_multi_index(codes, [c.max() + 1 for c in codes])
     inverse = np.unique(joint, return_inverse=True)[1]
@@ -176,8 +176,8 @@ def _counts(near, images):
     for same, other in ((label, center), (center, label)):
         hit = (same[near] == same[:, None]) & (other[near] != other[:, None])       # (N, k)
         extra = np.bincount(near.ravel(), (hit - hit.mean(1, keepdims=True)).ravel(), len(near))
-        own = _sizes(same, who) - _sizes(same, other, who)
-        out.append((hit.sum(1), _sizes(same) - _sizes(same, other) - own, hit.sum(1) + extra))
+        own = _group_sizes(same, who) - _group_sizes(same, other, who)
+        out.append((hit.sum(1), _group_sizes(same) - _group_sizes(same, other) - own, hit.sum(1) + extra))
     return out
 
 # %% ../../nbs/630_features.structure.ipynb #a787aade

@@ -166,7 +166,7 @@ def baseline_sentence(
 
 # %% ../../nbs/738_robustness.study.ipynb #cfc9eeea
 _captions = dict(
-    corruptions='Each corruption: mean change of the patient AUC over the severities, paired; p: Wald, p_holm: '
+    corruptions='Each corruption: mean change of the patient AUC over the severities, paired; p: Wald, Holm: '
                 'corrected for the number of corruptions; flipped patients at the worst severity; errors relative to '
                 'the mean-color baseline',
     changes='Change of every metric, corrupted minus unchanged, paired; each interval is for its row alone',
