@@ -9,7 +9,7 @@ __all__ = ['most_rows', 'study_table', 'study_section', 'studied_model', 'find_s
 import numpy as np
 import pandas as pd
 
-from .core import StripError, listing
+from .core import StripError, listing, plural
 from .experiments import find_run
 from .page import interval_text, optional_figure, optional_table, p_text, shown_table
 from .records import Study
@@ -73,7 +73,7 @@ def study_section(
     study = run.record(Study)
     figures = [optional_figure(run, about['name'], about['caption']) for about in study.figures]
     found = _study_tables(run, study)
-    elsewhere = [f"{about['caption']}: {len(table):,} rows, in the table {about['name']} of the run {run.name}."
+    elsewhere = [f"{about['caption']}: {plural(len(table), 'row')}, in the table {about['name']} of the run {run.name}."
                  for about, table in found if len(table) > most_rows]
     return dict(step=run.step, title=study.title, sentences=study.sentences, figures=[f for f in figures if f],
                 tables=list(_shown_tables(found)), elsewhere=elsewhere)
