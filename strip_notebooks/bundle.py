@@ -6,8 +6,8 @@
 __all__ = ['bundle_kinds', 'bundle_version', 'bundle_runtimes', 'runtime_modules', 'json_bytes', 'outlier_file', 'card_names',
            'BundleError', 'Conformal', 'Outliers', 'ClassifierSpec', 'register_kind', 'check_spec', 'save_bundle',
            'register_runtime', 'spec_preprocessing', 'torch_parts', 'TorchRuntime', 'Bundle', 'make_bundle',
-           'bundle_contents', 'load_bundle', 'changed_bundle', 'derive_bundle', 'parent_files', 'check_cache',
-           'read_pixels', 'predict_cohort']
+           'bundle_contents', 'load_bundle', 'changed_bundle', 'derive_bundle', 'parent_files', 'check_classes',
+           'check_cache', 'read_pixels', 'predict_cohort']
 
 # %% ../nbs/310_bundle.ipynb #e770f46b
 import hashlib, json, re, warnings
@@ -551,6 +551,17 @@ def parent_files(
     "The files that a derived bundle inherits: all but the card, which was about the parent"
     kept = {n: about for n, about in bundle.files.items() if n not in card_names}
     return {n: _read_file(bundle.folder, n, about) for n, about in kept.items()}
+
+# %% ../nbs/310_bundle.ipynb #a3f5226c
+def check_classes(
+    bundle:Bundle,          # A model
+    cohort:pd.DataFrame,    # A cohort with labels
+)->None:
+    "Raise a `BundleError` unless the model is for the classes of the cohort"
+    strange = sorted(set(cohort.label) - set(bundle.classes))
+    if strange:
+        raise BundleError(f'The model is for {listing(bundle.classes)}, and the cohort has images of '
+                          f'{listing(strange)}; they do not belong together.')
 
 # %% ../nbs/310_bundle.ipynb #9e39d51c
 def check_cache(

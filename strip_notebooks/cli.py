@@ -144,7 +144,7 @@ def _models(runs):
 def _compared(runs):
     "The paired differences of two models as text, below what they are differences of"
     from strip_notebooks.metrics.compare import compare
-    from strip_notebooks.page import p_text
+    from strip_notebooks.findings import p_text
     bundles, tables = _models(runs)
     table = compare(*tables, [b.threshold for b in bundles], [b.prior for b in bundles], positive=bundles[0].positive)
     lines = [f'{word}: {run.name}, classified as {b.positive} if p ≥ {b.threshold:.3f}'

@@ -16,11 +16,11 @@ import pandas as pd
 
 from .card import run_card
 from .core import StripError, listing, plural, write_text
-from .findings import Verdict, estimate_text, read_findings
+from .findings import Verdict, estimate_text, p_text, read_findings
 from .metrics.baselines import baseline_sentence
 from .metrics.compare import least_patients
 from .metrics.scores import few_patients
-from .page import (interval_text, optional_figure, optional_table, p_text, page_html, shown_figure,
+from .page import (interval_text, optional_figure, optional_table, page_html, shown_figure,
                                   shown_table)
 from .records import Evaluated, Prepared, Trained
 from .runs import Run

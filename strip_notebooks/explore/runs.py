@@ -19,7 +19,7 @@ from ..experiments import list_experiments
 from .parts import Explorer, menu, menu_options, paragraph, table_html
 from .sources import Place, evaluated_result
 from ..metrics.compare import compare, compare_pairs
-from ..page import p_text
+from ..findings import p_text
 from ..report import without_folders
 from ..runs import Run
 from ..statistics import Estimate
