@@ -18,8 +18,8 @@ install: $(READY)
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import shutil; free = shutil.disk_usage(".").free/1e9; free < 11 and print(f"Only {free:.1f} GB are free here: the installation takes 6.6, and with pip 3 more while it runs.")' >&2
-	@echo "Installing into $(VENV): 6.6 GB, most of it torch with its CUDA libraries. It takes about half a minute"
+	@$(PYTHON) -c 'import shutil; free = shutil.disk_usage(".").free/1e9; free < 11 and print(f"Only {free:.1f} GB are free here: the installation takes 6.8, and with pip 3 more while it runs.")' >&2
+	@echo "Installing into $(VENV): 6.8 GB, most of it torch with its CUDA libraries. It takes about half a minute"
 	@echo "with uv and 3 minutes with pip, and longer over a slow line. The next call of make skips it."
 ifneq ($(UV),)
 	@test -x $(PY) || $(UV) venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
