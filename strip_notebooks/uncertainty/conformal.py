@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..bundle import Conformal
 from ..core import StripError, listing, plural
+from ..metrics.compare import least_patients
 from ..metrics.intervals import proportion_interval
 from ..predictions import aggregate_patients, check_predictions
 from ..statistics import Estimate
@@ -151,7 +152,8 @@ def _group_rows(name, inside, y):
              'sets of several classes': proportion_interval(sizes > 1, who),
              'sets of no class': proportion_interval(sizes == 0, who)}
     alone = sizes == 1
-    if alone.any(): found['correct among sets of one class'] = proportion_interval(hit[alone], who[:alone.sum()])
+    if alone.sum() >= least_patients:
+        found['correct among sets of one class'] = proportion_interval(hit[alone], who[:alone.sum()])
     return [dict(group=name, patients=len(y), measure=m, **e._asdict()) for m, e in found.items()]
 
 def _centers(patients):
