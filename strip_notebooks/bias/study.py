@@ -27,6 +27,7 @@ from ..features.embedding import FeatureError, image_embeddings
 from ..features.structure import patient_points
 from ..findings import estimate_text, p_text
 from ..metrics.compare import better_when_higher
+from ..parts import chance_verdict
 from ..predictions import aggregate_patients, classes_of, patient_arrays
 from ..statistics import Estimate, auc_interval
 
@@ -168,10 +169,9 @@ def chance_sentence(
     estimate:Estimate,  # The AUC of all test patients
 )->str:                 # Empty for a model that is above chance
     "What must be said first of a model at chance"
-    if estimate.low > .5: return ''
-    is_what = 'ranks the classes the wrong way round' if estimate.high < .5 else 'is not distinguishable from chance'
-    return (f'The model {is_what} (AUC {estimate_text(estimate)}): equal numbers in all groups would be no sign of '
-            'equal treatment.')
+    what = chance_verdict(estimate)
+    return what and (f'The model {what} (AUC {estimate_text(estimate)}): equal numbers in all groups would be '
+                     'no sign of equal treatment.')
 
 # %% ../../nbs/778_bias.study.ipynb #a0cafbce
 def _power_words(power):

@@ -26,6 +26,7 @@ from .truth import (
     Curves, curve_bands, curves_figure, deletion_curves, mean_estimate, randomization_similarities, shares)
 from ..findings import estimate_text
 from ..operating import predicted_class
+from ..parts import chance_verdict
 from ..predictions import aggregate_patients, of_test_set, patient_arrays
 from ..statistics import Estimate, auc_interval
 
@@ -179,12 +180,9 @@ def chance_sentence(
     "What has to be said first about a model that is not better than chance"
     patients = aggregate_patients(of_test_set(predictions), bundle.how)
     e = auc_interval(*patient_arrays(patients, bundle.positive))
-    if e.low > .5: return ''
-    if np.isnan(e.low): return ('Whether the model is better than chance is not known, as a class has fewer than two '
-                                'test patients; its heat maps may show nothing.')
-    what = 'ranks the classes the wrong way round' if e.high < .5 else 'is not distinguishable from chance'
-    return (f'The model {what} (test AUC for {bundle.positive} {estimate_text(e)}), so its heat maps show '
-            'what it looked at, and not what makes the difference between the classes.')
+    what = chance_verdict(e)
+    return what and (f'The model {what} (test AUC for {bundle.positive} {estimate_text(e)}), so its heat maps show '
+                     'what it looked at, and not what makes the difference between the classes.')
 
 # %% ../../nbs/618_explain.study.ipynb #86bf9b6c
 unclear = 'Whether {} is not known: too few heat maps can be used, or they do not differ in this.'

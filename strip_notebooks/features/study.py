@@ -24,6 +24,7 @@ from .structure import patient_points, structure_table
 from ..findings import estimate_text, p_text
 from ..metrics.compare import least_patients
 from ..operating import predicted_class
+from ..parts import chance_verdict
 from ..predictions import aggregate_patients
 from ..statistics import Estimate, holm
 
@@ -208,10 +209,9 @@ def chance_sentence(
 )->str:                 # Empty if the network is better than chance, or was not tested
     "What has to be said first of a network that is not better than chance"
     own = rows.iloc[0]
-    if own.note or own.low > .5: return ''
+    what = '' if own.note else chance_verdict(_estimate(own))
+    if not what: return ''
     known = f'{own.measure.partition(",")[0]} {estimate_text(_estimate(own))}'
-    if np.isnan(own.low): return f'Whether the model is better than chance is not known: {known}.'
-    what = 'ranks the classes the wrong way round' if own.high < .5 else 'is not distinguishable from chance'
     return f'The model {what}: {known}. Groups in its features are no sign that it recognizes the class.'
 
 # %% ../../nbs/638_features.study.ipynb #1c481a59

@@ -17,7 +17,7 @@ from ..bundle import Bundle, BundleError
 from ..core import StripError, listing, plural
 from ..findings import estimate_text
 from ..operating import predicted_class
-from ..parts import Part
+from ..parts import Part, chance_verdict
 from ..predictions import classes_of, patient_arrays
 from .adversarial import attack_example, attack_figure, attacked_patients
 from .centers import center_figure, center_sentence, left_out_shift, new_center_shift
@@ -74,11 +74,8 @@ def nothing_to_lose(
     value = auc_interval(*patient_arrays(e.patients[unchanged], e.predictor.positive))
     text = f'(patient AUC {estimate_text(value)}, {plural(len(e.y), "patient")})'
     who = 'The model' if len(e.predictor.classes) == 2 else f'{e.predictor.positive} vs the other classes: the model'
-    if value.high < .5:
-        return f'{who} ranks test patients the wrong way round {text}: its robustness cannot be judged.'
-    if value.low > .5: return ''
-    return (f'{who} is not distinguishable from chance on unchanged test images, so it has nothing to lose, '
-            f'and its robustness cannot be judged {text}.')
+    what = chance_verdict(value)
+    return what and f'{who} {what} on unchanged test images {text}, so its robustness cannot be judged.'
 
 # %% ../../nbs/738_robustness.study.ipynb #66c4eecc
 def _estimate(row): return Estimate(*(float(row[c]) for c in ('value', 'low', 'high')))

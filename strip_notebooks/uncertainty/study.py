@@ -18,7 +18,7 @@ from ..calibration import CalibrationError
 from ..core import derive_seed, plural
 from ..features.embedding import image_embeddings
 from ..findings import estimate_text
-from ..parts import Part
+from ..parts import Part, chance_verdict
 from ..predictions import aggregate_patients, of_test_set, patient_arrays
 from ..statistics import Estimate, auc, auc_interval
 from .abstention import abstention_table, left_to_human, risk_coverage_figure
@@ -57,17 +57,14 @@ def chance_sentence(
 )->str:                         # Empty if the model is better than chance
     "What has to be said first about a model that is not better than chance"
     patients = aggregate_patients(of_test_set(predictions), bundle.how)
-    how, why = 'not distinguishable from', ''
     if len(bundle.classes) > 2:
         value, better = _beats_chance(patients, bundle.classes, seed)
-        text = f'mean test AUC of the classes {value:.2f}'
+        what, text = '' if better else 'is not distinguishable from chance', f'mean test AUC of the classes {value:.2f}'
     else:
         e = auc_interval(*patient_arrays(patients, bundle.positive))
-        better, text = e.low > .5, f'test AUC {estimate_text(e)}'
-        if e.high < .5: how, why = 'worse than', ', as it takes one class for the other'
-    if better: return ''
-    return (f'The model is {how} chance ({text}){why}: no calibration, prediction set or limit of uncertainty makes '
-            'it useful, and what follows only describes its predictions.')
+        what, text = chance_verdict(e), f'test AUC {estimate_text(e)}'
+    return what and (f'The model {what} ({text}): no calibration, prediction set or limit of uncertainty makes '
+                     'it useful, and what follows only describes its predictions.')
 
 # %% ../../nbs/690_uncertainty.study.ipynb #d609acaa
 _detection_columns = ['measure', 'value', 'low', 'high', 'p', 'p_holm', 'difference', 'difference_low',
