@@ -60,11 +60,21 @@ def _parameter(node, where):
     return name, kind, default
 
 # %% ../nbs/900_experiments.ipynb #7e26f287
+@contextlib.contextmanager
+def _without_grammar():
+    "In here, jsonschema does not build its grammar of internationalized addresses, of which a notebook has none"
+    name = 'rfc3987_syntax'
+    absent = name not in sys.modules
+    if absent: sys.modules[name] = None         # as if it were not installed, for which jsonschema is prepared
+    try: yield
+    finally:
+        if absent: del sys.modules[name]
+
 def experiment_parameters(
     path,           # Notebook
 )->dict[str, dict]: # Name -> type, default, help; without `out`, which is the runner's
     "The parameters that a notebook takes, in its own order; an `ExperimentError` if it cannot be read"
-    import nbformat
+    with _without_grammar(): import nbformat
     path = Path(path)
     try: cells = nbformat.read(path, 4).cells
     except Exception as e: raise ExperimentError(f'{path} is not readable as a notebook: {e}') from None
@@ -311,8 +321,9 @@ def _check_handles(
 # %% ../nbs/900_experiments.ipynb #e73bc37d
 def _papermill(path, run, kernel, show):
     "Execute the notebook at `path` with the parameters of `run` in `kernel`"
-    import papermill
-    from papermill.iorw import papermill_io
+    with _without_grammar():
+        import papermill
+        from papermill.iorw import papermill_io
     logging.getLogger('papermill').setLevel(logging.CRITICAL)   # what it has to say, we say
     notebook = str(run.notebook.resolve())
     papermill_io.register(notebook, _WholeFile())

@@ -290,7 +290,7 @@ def delong_paired(
     error = np.sqrt(sum(g.var(ddof=1)/len(g) for g in gaps))
     if not error: return none, 1. if difference == 0 else float('nan')
     half = norm.ppf((1 + level)/2)*error
-    estimate = Estimate(difference, float(difference - half), float(difference + half))
+    estimate = Estimate(difference, float(max(-1, difference - half)), float(min(1, difference + half)))
     return estimate, float(2*norm.sf(abs(difference)/error))
 
 # %% ../nbs/030_statistics.ipynb #01971fa2

@@ -13,6 +13,21 @@ ROOT = Path(__file__).parent.parent
 # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start inherits that: tests that press it need it back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+LONGEST = ['test_studies', 'test_command_line', 'test_runs', 'test_crossval', 'test_docs', 'test_explore', 'test_kills', 'test_baselines']   # then the chapters
+
+@pytest.hookimpl(trylast=True)      # after the slow ones were left out
+def pytest_collection_modifyitems(items):
+    "Long tests first, divided among the workers by files: in the end only short ones are left, and no worker waits for another"
+    def of(name): return [i for i in items if i.path.stem == name]
+    files, chapters = [of(name) for name in LONGEST], of('test_notebooks')
+    short = [i for i in items if i.path.stem not in [*LONGEST, 'test_notebooks']]
+    shares = [[*sum(files[w::WORKERS], []), *chapters[w::WORKERS]] for w in range(WORKERS)]
+    for share in shares:                    # xdist gives each worker as many in a row
+        count = max(0, len(items)//WORKERS - len(share))
+        share += short[:count]
+        del short[:count]
+    items[:] = sum(shares, short)
+
 @pytest.fixture(scope='session')
 def root(): return ROOT
 

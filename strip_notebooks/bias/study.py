@@ -201,6 +201,12 @@ def gap_sentence(
             f'correction for {tests}. {does}')
 
 # %% ../../nbs/778_bias.study.ipynb #13a2a6bb
+def _shown_names(gaps):
+    "The groups with a shown gap, the widest first; two groups that are all there are share one gap"
+    groups = gaps.groupby('attribute').group.unique()
+    both = {a: f'{a} ({listing(sorted(g))} against each other)' for a, g in groups.items() if len(g) == 2}
+    return list(dict.fromkeys(both.get(r.attribute, _named(r)) for r in shown_gaps(gaps).itertuples()))
+
 def other_gaps(
     gaps:pd.DataFrame,  # From `gap_table`
     most:int=6,         # Groups that are named
@@ -211,7 +217,7 @@ def other_gaps(
     if not len(shown):
         return [f'The widest gap in AUC is that of {_named(row)}: {gap_words(row).removeprefix("AUC ")}, '
                 f'not distinguishable from 0 ({p_text(row.p)} alone, {p_text(row.p_holm)} after correction).']
-    names = list(dict.fromkeys(_named(r) for r in shown.itertuples()))
+    names = _shown_names(gaps)
     more = f' and {plural(len(names) - most, "other group")}' if len(names) > most else ''
     said = listing(names) if not more else ', '.join(names[:most]) + more
     number = 'a gap in at least one metric is' if len(names) == 1 else 'gaps in at least one metric are'
@@ -282,10 +288,11 @@ def mitigation_sentences(
     closer = closer[closer.value.abs() < abs(before)]
     if not len(closer):
         return [f'No mitigation makes the gap in {kind} of {name} smaller by more than chance allows.']
+    tried = '' if len(others) < 2 else f', the best of {len(others)} and not corrected for that choice'
     best = closer.loc[closer.value.abs().idxmin()]
     whole = _change(table, best.method, kind)[1]
     return [f'For {name}, {best.method} brings the gap in {kind} from {before:.2f} to {best.value:.2f} (change '
-            f'{estimate_text(Estimate(best.change, best.change_low, best.change_high))}); '
+            f'{estimate_text(Estimate(best.change, best.change_low, best.change_high))}{tried}); '
             f'the {kind} of all patients changes by {estimate_text(whole)}.'.replace('-', '−')]
 
 # %% ../../nbs/778_bias.study.ipynb #bec20bce

@@ -132,10 +132,10 @@ _by_gradient = {'gradcam': _gradcam, 'gradcam++': _gradcam_plus_plus, 'layercam'
 cam_methods = [*_by_gradient, 'eigencam', 'scorecam']
 
 def _gradient(score, leaf, place, layer):
-    "(B, C, h, w) the gradient of the sum of the scores at each place; an `ExplainError` if there is none"
+    "(B, C, h, w) the gradient of the sum of the scores at each place; an `ExplainError` if a layer has none"
     import torch
     (gradient,) = torch.autograd.grad(score.sum(), leaf, allow_unused=True)
-    if gradient is not None and place(gradient).any(): return place(gradient)
+    if gradient is not None and (not layer or place(gradient).any()): return place(gradient)
     raise ExplainError(f"The logits do not depend on the features of {f'layer {layer!r}' if layer else 'the network'}; "
                        'choose another of `target_layers`.')
 

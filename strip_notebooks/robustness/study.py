@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Corrupted', 'corrupted_model', 'nothing_to_lose', 'worst_sentence', 'count_sentence', 'flip_sentence',
-           'calibration_sentence', 'baseline_sentence', 'coverage_part', 'summary_table', 'corruption_part',
-           'attack_sentence', 'attack_part', 'center_part', 'picture_to_show']
+           'calibration_sentence', 'baseline_sentence', 'coverage_part', 'summary_table', 'class_sentence',
+           'corruption_part', 'attack_sentence', 'attack_part', 'center_part', 'picture_to_show']
 
 # %% ../../nbs/738_robustness.study.ipynb #c7faa7a0
 from dataclasses import dataclass
@@ -217,6 +217,13 @@ def summary_table(
     return out.merge(_named(c.errors, 'corruption_error'), 'left', on='corruption') if len(c.errors) else out
 
 # %% ../../nbs/738_robustness.study.ipynb #fd851ac8
+def class_sentence(
+    predictor,  # Of the model, from `model_predictor`
+)->str:         # Empty for two classes
+    "Whose AUC it is where there are more than two classes"
+    if len(predictor.classes) == 2: return ''
+    return f'Every AUC of this section is that of {predictor.positive} vs the other classes.'
+
 def corruption_part(
     c:Corrupted,                # From `corrupted_model`
     image:np.ndarray|None,      # A picture that may be shown, (S, S, 3) uint8, or None
@@ -225,7 +232,7 @@ def corruption_part(
     "Sentences, tables and figures of the corruptions"
     wrong = nothing_to_lose(c.effects)
     said = [wrong] if wrong else [worst_sentence(c), count_sentence(c)]
-    said += [flip_sentence(c), calibration_sentence(c), baseline_sentence(c)]
+    said += [flip_sentence(c), calibration_sentence(c), baseline_sentence(c), class_sentence(c.effects.predictor)]
     tables = dict(corruptions=(summary_table(c), _captions['corruptions']), changes=(c.changes, _captions['changes']),
                   flips=(c.flips, _captions['flips']))
     heat_map = change_figure(c.changes, c.ranking), _captions['heat_map'].format(plural(len(c.effects.y), 'patient'))
