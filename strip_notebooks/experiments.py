@@ -59,7 +59,7 @@ def _parameter(node, where):
         raise ExperimentError(f'{where}: the parameter {name!r} is a {kind}; make it a str, int, float, bool or list.')
     return name, kind, default
 
-# %% ../nbs/900_experiments.ipynb #7e26f287
+# %% ../nbs/900_experiments.ipynb #bd00a2dc
 @contextlib.contextmanager
 def _without_grammar():
     "In here, jsonschema does not build its grammar of internationalized addresses, of which a notebook has none"
@@ -70,6 +70,7 @@ def _without_grammar():
     finally:
         if absent: del sys.modules[name]
 
+# %% ../nbs/900_experiments.ipynb #7e26f287
 def experiment_parameters(
     path,           # Notebook
 )->dict[str, dict]: # Name -> type, default, help; without `out`, which is the runner's
