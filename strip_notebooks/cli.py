@@ -265,11 +265,13 @@ def _runs_before(step, runs):
     if step == 'report': given['studies'] = [runs[s].name for s in _studies if s in runs]
     return given
 
-def _study_lines(runs):
-    "The first sentence of each study"
+def _study_lines(runs, asked):
+    "The first sentence of each study that was asked for, or that it failed"
     from strip_notebooks.records import Study
-    said = [runs[step].record(Study) for step in _studies if step in runs]
-    lines = [line for study in said for line in _wrapped(f'{study.title}: {study.sentences[0]}', 2)]
+    said = {step: runs[step].record(Study) for step in asked if step in runs}
+    found = [f'{said[step].title}: {said[step].sentences[0]}' if step in said else
+             f'{step}: failed for the reason above, so the report is without it.' for step in asked]
+    lines = [line for sentence in found for line in _wrapped(sentence, 2)]
     return ['What the studies found:', *lines, ''] if lines else []
 
 # %% ../nbs/990_cli.ipynb #6910d9ee
@@ -303,7 +305,7 @@ def _demo_end(args, runs):
     for about, command in _next_commands(args, runs['prepare']):
         lines += ['', f'Next, {about}:', f'  {shlex.join(command)}']
     before = [f"{_summary(r)}\ncross-validation: {r.report}" for step, r in runs.items() if step == 'crossval']
-    found = _study_lines(runs)
+    found = _study_lines(runs, [] if args.quick else _studies)
     text = '\n'.join([*before, _summary(runs['evaluate']), *found, *lines, '', f"report: {runs['report'].report}"])
     return text.replace('\n\n\n', '\n\n')
 

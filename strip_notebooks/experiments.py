@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['builds_on', 'ExperimentError', 'experiment_paths', 'experiment_path', 'experiment_parameters', 'check_parameters',
-           'remove_leftovers', 'how_to_resume', 'find_run', 'with_parent', 'check_names', 'begin_run', 'run_experiment',
-           'resume_experiment', 'repeat_experiment', 'list_experiments']
+           'remove_leftovers', 'how_to_resume', 'find_run', 'with_parent', 'find_crossval', 'check_names', 'begin_run',
+           'run_experiment', 'resume_experiment', 'repeat_experiment', 'list_experiments']
 
 # %% ../nbs/900_experiments.ipynb #6c7eaf96
 import ast, contextlib, errno, io, logging, os, shlex, shutil, signal, sys, tempfile, threading, tokenize
@@ -372,7 +372,8 @@ def _execute(path, run, show):
         except Exception as e:
             _mark(run, error=str(e))
             kept = f' The notebook up to there is {run.notebook}.' if run.notebook.exists() else ''
-            raise ExperimentError(f'{run.step} failed: {e}{kept} Once the cause is fixed, {resume}') from None
+            raise ExperimentError(f'{run.step} failed: {e}{kept} Once the cause is fixed, {resume} '
+                                  'With other parameters, start a new run.') from None
 
 # %% ../nbs/900_experiments.ipynb #2c3876a9
 def _run_at(run, root):
@@ -411,6 +412,7 @@ builds_on = dict(train=('prepare_run', ['prepare']), crossval=('prepare_run', ['
                  derive=('train_run', ['train']),
                  **dict.fromkeys(['evaluate', *study_steps], ('train_run', ['train', 'derive'])),
                  report=('evaluate_run', ['evaluate']))
+_by_name = dict(evaluate=['uncertainty'])   # Steps whose runs are taken if they are named, and never as the newest
 
 def with_parent(
     step:str,       # The experiment
@@ -420,10 +422,24 @@ def with_parent(
     "The parameters of a step and the finished run that it builds on"
     if step not in builds_on: return parameters, None
     name, steps = builds_on[step]
+    if parameters[name]: steps = [*steps, *_by_name.get(step, [])]
     parent = find_run(parameters[name], steps, root)
     return {**parameters, name: parameters[name] or parent.name}, parent
 
 # %% ../nbs/900_experiments.ipynb #d3a19d57
+def find_crossval(
+    name,       # The name or the folder of a run of crossval; empty for none
+    model_run,  # The run of the model that it is compared with
+):              # The `Run`, or None
+    "The cross-validation of the cohort that a model was trained on; an `ExperimentError` if it is of another one"
+    from strip_notebooks.records import Prepared
+    if not name: return None
+    found = find_run(name, 'crossval', model_run.path.parent)
+    cohorts = [r.origin('prepare').record(Prepared).cohort for r in (found, model_run)]
+    if cohorts[0] == cohorts[1]: return found
+    raise ExperimentError(f"{found.name} is a cross-validation of another cohort than that of {model_run.name}; run "
+                          f"`clot run crossval -p prepare_run={model_run.origin('prepare').name}`.")
+
 def check_names(
     parameters:dict,# What a step is given
     parent,         # The run that it builds on, or None

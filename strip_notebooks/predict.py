@@ -217,11 +217,19 @@ def _method_lines(found):
     yield f'In folders, {patient_rules[found.rule]}.'
 
 # %% ../nbs/930_predict.ipynb #ab30c08f
+def _open_words(patients):
+    "For how many patients the prediction set is not the predicted class alone, and what to do with them"
+    left = (patients.prediction_set != patients.predicted).sum()
+    if not left: return 'Each set is the predicted class alone.'
+    return (f'{plural(left, "patient")} of {len(patients)} {"has" if left == 1 else "have"} a set that is not the '
+            'predicted class alone (several classes, none, or another one): leave such patients to a human.')
+
 def _uncertainty_lines(found):
     "What the prediction sets promise, and which images are unlike the training images"
     b, images = found.bundle, found.images
     if b.spec['conformal']:
         yield f"Prediction sets {conformal_words(b.spec['conformal'])}, valid for patients like those."
+        yield _open_words(found.patients)
     if 'outlier' in images:
         strange = images[images.outlier == 'yes']
         who = f"{plural(len(strange), 'image')} of {plural(strange.patient_id.nunique(), 'patient')}"

@@ -72,7 +72,8 @@ class RobustnessSettings(StudySettings):
     @field_validator('bounds')
     @classmethod
     def _bounds(cls, values):
-        if any(not 0 < v <= 255 for v in values): raise ValueError(f'bounds={values} must be above 0 and at most 255.')
+        if any(v not in range(1, 256) for v in values):
+            raise ValueError(f'bounds={values} must be whole numbers from 1 to 255.')
         return values
 
 # %% ../nbs/893_study_settings.ipynb #57384f14
@@ -83,9 +84,13 @@ class BiasSettings(StudySettings):
     permutations:int = Field(10_000, ge=100, le=1_000_000, description='Permutations of the groups')
     resamples:int = Field(2000, ge=100, le=100_000, description='Bootstrap resamples of patients')
 
+    @field_validator('attributes')
+    @classmethod
+    def _once(cls, values): return list(dict.fromkeys(values))
+
     @field_validator('intersections')
     @classmethod
     def _pairs(cls, values):
-        wrong = [v for v in values if len([name for name in v.split('+') if name.strip()]) != 2]
+        wrong = [v for v in values if len({name.strip() for name in v.split('+')} - {''}) != 2 or v.count('+') != 1]
         if wrong: raise ValueError(f'intersections: {wrong[0]!r} must be two columns, such as sex+scanner.')
-        return values
+        return list(dict.fromkeys(values))

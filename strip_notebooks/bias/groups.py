@@ -30,7 +30,8 @@ def attribute_names(
 )->list[str]:                   # 'center', the cohort's own columns, 'n_images', 'image_size'
     "What patients can be grouped by"
     sized = ['image_size'] if measures is not None and {'width', 'height'} <= set(measures) else []
-    return ['center', *attribute_columns(cohort), 'n_images', *sized]
+    own = [c for c in attribute_columns(cohort) if c not in attribute_words]
+    return ['center', *own, 'n_images', *sized]
 
 # %% ../../nbs/750_bias.groups.ipynb #ea6cb5ed
 def _cells(cohort, name, measures):

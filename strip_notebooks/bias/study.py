@@ -85,6 +85,7 @@ def prediction_tables(
         thresholds=threshold_table(compared.groupings, compared.of('val'), compared.of('test'), compared.spec,
                                    resampling, compared.positive))
 
+# %% ../../nbs/778_bias.study.ipynb #400dd37b
 def auc_table(
     gaps:pd.DataFrame,  # From `gap_table`
     power:pd.DataFrame, # From `power_table`
@@ -94,7 +95,9 @@ def auc_table(
     rows = gaps[gaps.metric == 'roc_auc'].rename(columns=dict(value='AUC', low='AUC_low', high='AUC_high'))
     known = power.rename(columns=dict(note='power_note'))[[*at, 'smallest_gap', 'power_note']]
     out = rows.drop(columns=['metric', 'measure']).merge(known, on=at)
-    return out.assign(note=out.note.where(out.note != '', out.power_note)).drop(columns='power_note')
+    power_note = out.power_note.where(~(out.p_holm < .05), '')          # what is shown had power enough
+    note = out.note.where(out.note != '', power_note)
+    return out.drop(columns=['note', 'power_note']).assign(note=note)
 
 # %% ../../nbs/778_bias.study.ipynb #e00c44c8
 class _Rows:
@@ -189,8 +192,8 @@ def gap_sentence(
 )->str:
     "The widest gap that is shown, or that none is and what could have been shown"
     row, tests = widest_gap(gaps), plural(gaps.attrs['tests'], 'test')
-    if row is None: return ('No group and its rest have 5 patients of each class, '
-                            'so nothing is known about gaps between groups.')
+    if row is None: return ('No group and its rest have 5 validation and test patients of each class, so nothing is '
+                            'known about gaps between groups; use more patients, or attributes with fewer groups.')
     if not row.p_holm < .05:
         return (f'No group is shown to differ from the rest after correction for {tests}; {_power_words(power)}. '
                 'This is no proof of equal treatment.')

@@ -418,7 +418,10 @@ def read_truth_map(
     "The component at each pixel of an image"
     file = Path(folder)/'truth'/f'{image_id}.png'
     if not file.is_file(): raise SyntheticError(f'{folder} has no truth map of {image_id!r}.')
-    return cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
+    found = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
+    if found is not None: return found
+    raise SyntheticError(f'The truth map of {image_id!r} in {folder} cannot be read; remove it, and '
+                         '`clot run prepare` with the same parameters draws it again.')
 
 # %% ../../nbs/160_data.synthetic.ipynb #d25b4dec
 def _draw_missing(folder, plan, seed, workers):

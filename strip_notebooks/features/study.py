@@ -141,6 +141,7 @@ def _grouping(by_class, by_center, difference):
 def _single(row, by):
     "The sentence of one grouping alone"
     does, limit = ('group', '') if row.p_holm < .05 else ('show no grouping', ' beyond chance')
+    if row.p_holm < .05 and row.low < 0: limit = ' weakly, if at all'
     return f'The features {does} by {by}{limit}: {silhouette_words} {_silhouette_words(row, by)}.'
 
 def grouping_sentence(

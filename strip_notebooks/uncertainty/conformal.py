@@ -43,7 +43,8 @@ def _check_counts(counts, level, by_class, names):
     if few:
         raise ConformalError(f'Prediction sets at {100*level:g} % need at least {plural(least, "patient")}'
                              f'{" of each class" if by_class else ""} to be fitted to, and there are {listing(few)}: '
-                             'every set would hold every class. Use more validation patients or a lower coverage.')
+                             'every set would hold every class. Use more validation patients, or a lower coverage '
+                             'in a run of uncertainty or derive.')
 
 def conformal_fit(
     p,                  # (P, C) probabilities per patient

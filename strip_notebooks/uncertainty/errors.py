@@ -125,7 +125,7 @@ def detection_sentence(
                                          f'more often: {found.reference} finds the {counts} with an AUC of {text}; '
                                          f'{_others(table, found.reference)} (Holm-corrected).')
     return (f'Patients with a high {listing(finds)} are classified wrongly more often ({counts}; Holm-corrected); '
-            f'{found.reference} is not distinguishable from chance (AUC {text}).')
+            f'{found.reference} is not distinguishable from chance after that correction (AUC {text}).')
 
 # %% ../../nbs/685_uncertainty.errors.ipynb #15249df1
 @dataclass(frozen=True, eq=False)
@@ -157,13 +157,16 @@ def _no_promise(a):
     needed = int(float(f'{a.promise.needed:.2g}'))
     return f'{why}; at the error rates seen there, about {needed:,} would be needed.'
 
+# %% ../../nbs/685_uncertainty.errors.ipynb #25d2c538
 def abstention_sentence(
     a:Abstention,   # From `abstain`
 )->str:
     "What may be left to the model, in words"
     if np.isnan(a.promise.threshold): return _no_promise(a)
     decided, risk, everyone = (estimate_text(a.result[k]) for k in ('decided', 'risk', 'all'))
+    broken = a.result['risk'].low > a.risk
+    verdict = ' That is more than was promised, so do not use this limit for patients like these.' if broken else ''
     return (f'With a limit of uncertainty from {plural(a.promise.patients, "validation patient")}, at most '
-            f'{_percent(a.risk)} of the decisions below it are wrong (promised with 90 % confidence). On the test set '
-            f'the model then decides a share of {decided} of the patients; the share of errors is {risk} '
-            f'among these, and {everyone} among all.')
+            f'{_percent(a.risk)} of the decisions below it are wrong in patients like those (promised with 90 % '
+            f'confidence). On the test set the model then decides a share of {decided} of the patients; the share of '
+            f'errors is {risk} among these, and {everyone} among all.{verdict}')

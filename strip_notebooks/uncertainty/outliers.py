@@ -229,7 +229,8 @@ def _meant(r, wanted):
 def _found(r):
     "Whether images of a kind are found, by the lower bound of the AUC"
     if np.isnan(r.low): return 'cannot be judged, as there are too few'
-    return 'are found' if r.low > .9 else 'are found in part' if r.low > .5 else 'are not found'
+    if r.low > .9: return 'are found'
+    return 'are found in part' if r.low > .5 else 'are not distinguished from test patients'
 
 def _kinds(table):
     "Clauses about all kinds of images, those with the same verdict together"

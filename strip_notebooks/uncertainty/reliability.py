@@ -140,7 +140,7 @@ def helped_sentences(
     changed = any(rows['before', m].value != rows['after', m].value for m in ('log loss', name))
     whens = dict(before=' before calibration', after=' after it') if changed else dict(before='')
     errors = [_error_words(rows[stage, name], when) for stage, when in whens.items()]
-    return [_helped(Estimate(d.value, d.low, d.high), changed, of), f'The calibration error {of}is {listing(errors)}.']
+    return [_helped(Estimate(d.value, d.low, d.high), changed, of), f'The {name} {of}is {listing(errors)}.']
 
 # %% ../../nbs/664_uncertainty.reliability.ipynb #fe71e068
 def _panel(ax, y, p, color, seed):
