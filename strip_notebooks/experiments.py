@@ -426,7 +426,7 @@ def with_parent(
     parent = find_run(parameters[name], steps, root)
     return {**parameters, name: parameters[name] or parent.name}, parent
 
-# %% ../nbs/900_experiments.ipynb #d3a19d57
+# %% ../nbs/900_experiments.ipynb #f898a886
 def find_crossval(
     name,       # The name or the folder of a run of crossval; empty for none
     model_run,  # The run of the model that it is compared with
@@ -440,6 +440,7 @@ def find_crossval(
     raise ExperimentError(f"{found.name} is a cross-validation of another cohort than that of {model_run.name}; run "
                           f"`clot run crossval -p prepare_run={model_run.origin('prepare').name}`.")
 
+# %% ../nbs/900_experiments.ipynb #1078c6e2
 def check_names(
     parameters:dict,# What a step is given
     parent,         # The run that it builds on, or None

@@ -145,7 +145,8 @@ class PretrainSettings(PretrainConfig):
 # %% ../nbs/895_settings.ipynb #5fda3a5a
 class EvaluateSettings(Settings):
     "How a model is evaluated; the operating point is in its bundle"
-    train_run:str = Field('', description='A run of train or derive; empty takes the newest')
+    train_run:str = Field(
+        '', description='A run of train or derive, or by its name one of uncertainty; empty takes the newest')
     resamples:int = Field(2000, ge=100, le=100_000, description='Bootstrap resamples of patients')
     seed:int = Field(0, ge=0, lt=2**32, description='Seed of the resamples')
     stratified:bool = Field(

@@ -277,7 +277,7 @@ def test_each_step_is_killed_resumed_and_ends_the_same(three, step):
         made = [CLOT, 'run', 'derive', '-p', f"train_run={latest(three, 'train').path}", '-p', 'temperature=2']
         assert subprocess.run(made, cwd=three, capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}).returncode == 0
     first = latest(three, step)
-    given = [f'-p{name}={",".join(value) if isinstance(value, list) else value}' for name, value in first.parameters.items()]
+    given = [f'-p{name}={",".join(map(str, value)) if isinstance(value, list) else value}' for name, value in first.parameters.items()]
     process = subprocess.Popen([CLOT, 'run', step, *given], cwd=three, stdout=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     process.stdout.readline()
     process.kill()

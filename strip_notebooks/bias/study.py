@@ -89,12 +89,13 @@ def prediction_tables(
 def auc_table(
     gaps:pd.DataFrame,  # From `gap_table`
     power:pd.DataFrame, # From `power_table`
-)->pd.DataFrame:        # attribute, group, patients, positives; AUC, rest and gap; p, p_holm, smallest_gap, note
+)->pd.DataFrame:        # attribute, group, patients, positives; AUC, gap, p_holm, smallest_gap, note
     "The AUC of each group, its gap to the rest, and the smallest gap that could have been shown"
     at = ['attribute', 'group']
     rows = gaps[gaps.metric == 'roc_auc'].rename(columns=dict(value='AUC', low='AUC_low', high='AUC_high'))
     known = power.rename(columns=dict(note='power_note'))[[*at, 'smallest_gap', 'power_note']]
-    out = rows.drop(columns=['metric', 'measure']).merge(known, on=at)
+    more = ['metric', 'measure', 'rest', 'rest_low', 'rest_high', 'p']      # in the table of all gaps
+    out = rows.drop(columns=more).merge(known, on=at)
     power_note = out.power_note.where(~(out.p_holm < .05), '')          # what is shown had power enough
     note = out.note.where(out.note != '', power_note)
     return out.drop(columns=['note', 'power_note']).assign(note=note)
