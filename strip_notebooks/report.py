@@ -80,7 +80,7 @@ def result_sentences(
     said = [f'Patient AUC {estimate_text(auc)}: {verdict_words(auc, smaller)}.', behind]
     if not np.isnan(evaluated.permutation_p):
         p = p_text(evaluated.permutation_p, evaluated.resamples)
-        said.append(f'Permutation test: {p} ({evaluated.resamples:,} permutations).')
+        said.append(f'Permutation test, one-sided: {p} ({evaluated.resamples:,} permutations).')
     if baselines is not None: said.insert(1, baseline_sentence(baselines))
     return said + list(_doubts(evaluated, best_auc, centers))
 

@@ -260,7 +260,10 @@ def visible_sentences(
     "Which attribute can be predicted best from the features"
     if not len(table): return []
     found = table[table.p_holm < .05]
-    if not len(found): return ['No attribute is shown to be predicted from the features better than by chance.']
+    if not len(found):
+        row = table.loc[table.p.idxmin()]
+        return ['No attribute is shown to be predicted from the features better than by chance after correction for '
+                f'{plural(len(table), "attribute")} (smallest p alone: {row.attribute}, {p_text(row.p)}).']
     row = found.loc[(found.value - found.chance).idxmax()]
     patients = plural(row.patients, 'patient')
     return [f'From the features of {patients} whom the network was not trained on, {row.attribute} can be '

@@ -125,10 +125,12 @@ def flip_sentence(
     c:Corrupted,    # From `corrupted_model`
 )->str:
     "Where the predicted class flips most often"
-    row = c.flips.loc[c.flips.value.idxmax()]
+    rows, most = c.flips[c.flips.value == c.flips.value.max()], 3
+    row, more = rows.iloc[0], [plural(len(rows) - most, 'other condition')]*(len(rows) > most)
     if row.flipped == 0: return 'The predicted class of no patient flips under any corruption.'
-    return (f'The predicted class flips most often under {row.corruption} at severity {row.severity}: '
-            f'for {row.flipped} of {plural(row.patients, "patient")}, a share of {estimate_text(_estimate(row))}.')
+    where = listing([*(f'{r.corruption} at severity {r.severity}' for r in rows[:most].itertuples()), *more])
+    return (f'The predicted class flips most often under {where}: for {row.flipped} of '
+            f'{plural(row.patients, "patient")}, a share of {estimate_text(_estimate(row))}.')
 
 def calibration_sentence(
     c:Corrupted,    # From `corrupted_model`
@@ -144,7 +146,7 @@ def calibration_sentence(
         f'The {mean} moves most')
     return (f'{first} under {key[0]} at severity {key[1]}: '
             f'from {row.unchanged:.2f} to {row.corrupted:.2f}, by {estimate_text(_estimate(row))}; '
-            f'the calibration error is {error.unchanged:.2f} before and {error.corrupted:.2f} after.')
+            f'the expected calibration error is {error.unchanged:.2f} before and {error.corrupted:.2f} after.')
 
 # %% ../../nbs/738_robustness.study.ipynb #d3c70ef3
 def baseline_sentence(
