@@ -110,6 +110,9 @@ def test_every_link_leads_somewhere(site):
 
 def test_a_broken_link_is_found(staged, tmp_path):
     shutil.copytree(staged, tmp_path/'broken')
+    config = yaml.safe_load((tmp_path/'broken'/'_quarto.yml').read_text())
+    config['project']['render'] = pages[:3]             # the others take their time
+    write_text(tmp_path/'broken'/'_quarto.yml', yaml.safe_dump(config, sort_keys=False))
     notebook = json.loads((tmp_path/'broken'/pages[0]).read_text())
     notebook['cells'].append(dict(cell_type='markdown', id='broken', metadata={}, source='See [a page that is not there](nowhere.ipynb).'))
     (tmp_path/'broken'/pages[0]).write_text(json.dumps(notebook))
