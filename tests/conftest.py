@@ -7,7 +7,7 @@ import pytest
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
 os.environ.setdefault('STRIP_PROGRESS', 'none')
 WORKERS = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))
-os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//WORKERS)))     # two workers with two threads each wait for each other
+if WORKERS > 1: os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//WORKERS)))  # not in the process that starts them, as they would inherit it
 ROOT = Path(__file__).parent.parent
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start inherits that: tests that press it need it back.
