@@ -130,7 +130,7 @@ def test_nested_chooses_without_the_tested_patients(folder):
 
 @pytest.mark.parametrize('parameters, sentence', [
     (['folds=20'], "Class 'LAA' has 16 patients, but a division into 20 folds needs at least 20"),
-    pytest.param(['scheme=nested', 'folds=8', 'inner_folds=15'], 'needs at least 15', marks=pytest.mark.slow)])
+    (['scheme=nested', 'folds=8', 'inner_folds=15'], 'needs at least 15')])
 def test_too_few_patients_end_with_a_sentence_before_anything_is_trained(folder, parameters, sentence):
     done = clot('run', 'crossval', *SMALL, *(word for p in parameters for word in ('-p', p)), cwd=folder)
     assert done.returncode == 2 and sentence in done.stderr and 'Traceback' not in done.stderr, done.stderr

@@ -62,7 +62,7 @@ def moments(run_folder, rng):
     def there(pattern): return lambda: (folder := run_folder()) is not None and any(folder.rglob(pattern))
     chosen = [rng.uniform(1, 14), there('*.safetensors'), there('bundle.json'), rng.uniform(1, 14), there('predictions.csv'), there('history.csv'), there('record*.json'), there('metrics.json')]
     rng.shuffle(chosen)
-    return chosen if ROUNDS > 1 else chosen[:5]
+    return chosen
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory, temporary):

@@ -269,9 +269,9 @@ def artifacts(run):
     files = [f for folder in folders for f in sorted(folder.glob('*'))] + sorted(run.path.glob('record.json'))
     return {f.relative_to(run.path).as_posix(): f.read_bytes() for f in files}
 
-STUDIES = [pytest.param(step, marks=pytest.mark.slow) for step in ('explain', 'features', 'uncertainty', 'robustness', 'bias')]
+STUDIES = [pytest.param(step, marks=pytest.mark.slow) for step in ('explain', 'features', 'robustness', 'bias')]
 
-@pytest.mark.parametrize('step', ['prepare', 'train', 'derive', 'evaluate', 'report', *STUDIES])
+@pytest.mark.parametrize('step', ['prepare', 'train', 'derive', 'evaluate', 'uncertainty', 'report', *STUDIES])
 def test_each_step_is_killed_resumed_and_ends_the_same(three, step):
     if step == 'derive':
         made = [CLOT, 'run', 'derive', '-p', f"train_run={latest(three, 'train').path}", '-p', 'temperature=2']
