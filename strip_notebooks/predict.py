@@ -217,7 +217,7 @@ def _method_lines(found):
     yield f'In folders, {patient_rules[found.rule]}.'
 
 # %% ../nbs/930_predict.ipynb #ab30c08f
-def _open_words(patients):
+def _undecided_words(patients):
     "For how many patients the prediction set is not the predicted class alone, and what to do with them"
     left = (patients.prediction_set != patients.predicted).sum()
     if not left: return 'Each set is the predicted class alone.'
@@ -229,7 +229,7 @@ def _uncertainty_lines(found):
     b, images = found.bundle, found.images
     if b.spec['conformal']:
         yield f"Prediction sets {conformal_words(b.spec['conformal'])}, valid for patients like those."
-        yield _open_words(found.patients)
+        yield _undecided_words(found.patients)
     if 'outlier' in images:
         strange = images[images.outlier == 'yes']
         who = f"{plural(len(strange), 'image')} of {plural(strange.patient_id.nunique(), 'patient')}"

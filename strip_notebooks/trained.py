@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from .bundle import Bundle, check_classes, load_bundle
+from .core import StripError
 from .data.cache import Cache
 from .data.checks import showable
 from .data.cohort import CohortWarning
-from .core import StripError
 from .preparation import load_prepared
 from .records import Prepared
 from .runs import Run, workspace

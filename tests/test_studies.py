@@ -178,6 +178,19 @@ def demo(folder, *words):
     clot('demo', *words, cwd=folder)
     return {step: first(folder, step) for step in ('prepare', 'train', 'evaluate', *study_steps)}
 
+def outlier_auc(runs, folder):
+    "How well test patients are distinguished from validation patients by the distance that uncertainty has fitted"
+    from strip_notebooks.data.cache import Cache
+    from strip_notebooks.features.embedding import image_embeddings
+    from strip_notebooks.records import Prepared
+    from strip_notebooks.statistics import auc
+    from strip_notebooks.uncertainty.outliers import outlier_scores, patient_scores
+    bundle, images = load_bundle(runs['uncertainty'].bundle), runs['train'].predictions
+    cache, both = Cache(folder/runs['prepare'].record(Prepared).cache), images[images.split.isin(['val', 'test'])]
+    features = image_embeddings(bundle, cache.images[cache.rows(both.image_id)], bundle.spec['outliers']['layer'])
+    scores = patient_scores(outlier_scores(features, bundle.arrays), both.patient_id)
+    return auc(both.groupby('patient_id').split.first()[scores.index] == 'test', scores.to_numpy())
+
 @pytest.mark.slow
 def test_easy_clots(tmp_path):
     "Heat on the tissue of the label beats its area, and 90 % prediction sets cover both classes"
@@ -207,3 +220,4 @@ def test_blood_cells_of_two_laboratories(tmp_path, real):
     assert auc.low.max() > auc.high.min()
     gaps = runs['bias'].table('gaps')
     assert gaps[gaps.attribute == 'center'].p_holm.min() < .05
+    assert outlier_auc(runs, tmp_path) > .8

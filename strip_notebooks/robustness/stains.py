@@ -75,8 +75,7 @@ def corruption_names(
     "The corruptions that were asked for; a `CorruptionError` with the nearest name for an unknown one"
     for name in asked:
         if name not in corruptions:
-            raise CorruptionError(f'There is no corruption {name!r}{nearest(name, corruptions)} '
-                                  f'They are {", ".join(corruptions)}.')
+            raise CorruptionError(f'There is no corruption {name!r}{nearest(name, corruptions)}')
     return [name for name in corruptions if name in asked or not len(asked)]
 
 # %% ../../nbs/704_robustness.stains.ipynb #1b37405d

@@ -129,9 +129,11 @@ def flip_sentence(
     row, more = rows.iloc[0], [plural(len(rows) - most, 'other condition')]*(len(rows) > most)
     if row.flipped == 0: return 'The predicted class of no patient flips under any corruption.'
     where = listing([*(f'{r.corruption} at severity {r.severity}' for r in rows[:most].itertuples()), *more])
+    each = ' each' if len(rows) > 1 else ''
     return (f'The predicted class flips most often under {where}: for {row.flipped} of '
-            f'{plural(row.patients, "patient")}, a share of {estimate_text(_estimate(row))}.')
+            f'{plural(row.patients, "patient")}{each}, a share of {estimate_text(_estimate(row))}.')
 
+# %% ../../nbs/738_robustness.study.ipynb #525126a3
 def calibration_sentence(
     c:Corrupted,    # From `corrupted_model`
 )->str:
@@ -218,7 +220,7 @@ def summary_table(
     out = out.merge(_named(worst, 'flips_at_worst'), 'left', on='corruption')
     return out.merge(_named(c.errors, 'corruption_error'), 'left', on='corruption') if len(c.errors) else out
 
-# %% ../../nbs/738_robustness.study.ipynb #fd851ac8
+# %% ../../nbs/738_robustness.study.ipynb #c64a9df9
 def class_sentence(
     predictor,  # Of the model, from `model_predictor`
 )->str:         # Empty for two classes
@@ -226,6 +228,7 @@ def class_sentence(
     if len(predictor.classes) == 2: return ''
     return f'Every AUC of this section is that of {predictor.positive} vs the other classes.'
 
+# %% ../../nbs/738_robustness.study.ipynb #720bad19
 def corruption_part(
     c:Corrupted,                # From `corrupted_model`
     image:np.ndarray|None,      # A picture that may be shown, (S, S, 3) uint8, or None
