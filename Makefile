@@ -45,7 +45,7 @@ example: $(READY)
 
 lock:
 	$(if $(UV),,$(error make lock needs uv))
-	$(PYTHON) -c "import configparser; c = configparser.ConfigParser(); c.read('settings.ini'); d = c['DEFAULT']; print('\n'.join((d['requirements'] + ' ' + d['dev_requirements']).split()))" \
+	$(PYTHON) -c "import configparser; c = configparser.ConfigParser(); c.read('settings.ini'); d = c['DEFAULT']; print('\n'.join(' '.join(d[k] for k in d if k.endswith('requirements')).split()))" \
 	  | $(UV) pip compile --universal --upgrade --python-version 3.11 --no-header --no-annotate --quiet - -o constraints.txt
 
 clean:

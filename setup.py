@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=['='])
 config.read(Path(__file__).parent/'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
+def extra(name): return cfg[f'{name}_requirements'].split()
 
 setup(
     name='strip-notebooks',
@@ -24,7 +25,8 @@ setup(
     package_data={'strip_notebooks.steps': ['*.ipynb'], 'strip_notebooks': ['**/*.html', '**/*.css', '**/*.j2', '**/*.csv']},   # steps; the report's template
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={'dev': extra('dev') + extra('cluster') + extra('openvino'),      # the tests need all of them
+                    'cluster': extra('cluster'), 'openvino': extra('openvino')},
     dependency_links=[],
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
