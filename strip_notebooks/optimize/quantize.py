@@ -7,7 +7,7 @@ __all__ = ['methods', 'close_enough', 'QuantizationError', 'check_training_image
            'node_groups', 'image_reader', 'quantize_onnx', 'Quantized', 'choose_quantization', 'quantize_weights',
            'quantize_dynamically']
 
-# %% ../../nbs/810_optimize.quantize.ipynb #f8eb42d0
+# %% ../../nbs/810_optimize.quantize.ipynb #6cbbedc3
 import contextlib, io, logging, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,19 @@ from ..core import StripError, plural
 from ..data.cache import pixels_hash
 from ..onnx_runtime import onnx_file
 
-# %% ../../nbs/810_optimize.quantize.ipynb #96445822
+# %% ../../nbs/810_optimize.quantize.ipynb #b3a3c2bf
 class QuantizationError(StripError):
     "A network cannot be quantized as requested"
 
-_other_cohort = ('{} not those that the model was trained on ({}); a model is calibrated with images of its own '
-                 'training set only. Give the cohort and the cache of its run of prepare.')
+def _differ(bundle, rows, cache):
+    "How training images differ from those that a model was trained on; empty if they do not"
+    known, patients = bundle.spec['trained_on'], rows.drop_duplicates('patient_id').label.value_counts().to_dict()
+    if known.get('images', len(rows)) != len(rows): return 'another number of images'
+    if known.get('patients', patients) != patients: return 'other numbers of patients'
+    if known.get('pixels', '') and known['pixels'] != pixels_hash(cache, rows.image_id): return 'other pixels'
+    return ''
 
+# %% ../../nbs/810_optimize.quantize.ipynb #1fa71bbd
 def check_training_images(
     bundle:Bundle,          # A model
     cohort:pd.DataFrame,    # One row per image: image_id, patient_id, label, split
@@ -39,14 +45,13 @@ def check_training_images(
         raise QuantizationError('The cohort has no training images, and validation and test images must not '
                                 'calibrate a model; give the cohort that it was trained on.')
     check_classes(bundle, rows)
-    known, patients = bundle.spec['trained_on'], rows.drop_duplicates('patient_id').label.value_counts().to_dict()
-    if known.get('images', len(rows)) != len(rows) or known.get('patients', patients) != patients:
-        raise QuantizationError(_other_cohort.format('These images are', 'another number of images or patients'))
-    if known.get('pixels', '') and known['pixels'] != pixels_hash(cache, rows.image_id):
-        raise QuantizationError(_other_cohort.format('These images are', 'their pixels differ'))
-    return rows
+    how = _differ(bundle, rows, cache)
+    if not how: return rows
+    raise QuantizationError(f'These are not the images that the model was trained on ({how}), and a model is '
+                            'calibrated with images of its own training set only; give the cohort and the cache '
+                            'of its run of prepare.')
 
-# %% ../../nbs/810_optimize.quantize.ipynb #aec2e9db
+# %% ../../nbs/810_optimize.quantize.ipynb #9bfed24a
 @dataclass(frozen=True, eq=False)
 class CalibrationImages:
     "Training images for two jobs"
@@ -66,7 +71,7 @@ def calibration_images(
     chosen = np.array(cache.images[np.sort(cache.rows(rows.image_id.iloc[order][:max(2, most)]))])
     return CalibrationImages(chosen[::2], chosen[1::2])
 
-# %% ../../nbs/810_optimize.quantize.ipynb #052ad167
+# %% ../../nbs/810_optimize.quantize.ipynb #76183d0d
 _kinds = ('Conv', 'Gemm', 'MatMul')
 
 def _group_size(node): return next((a.i for a in node.attribute if a.name == 'group'), 1)
@@ -90,7 +95,7 @@ def node_groups(
                 depthwise=[n.name for n in convolutions if _group_size(n) > 1],
                 squeeze=[n.name for n in convolutions if pooled(n)])
 
-# %% ../../nbs/810_optimize.quantize.ipynb #9bf2a219
+# %% ../../nbs/810_optimize.quantize.ipynb #e747d92a
 methods = dict(MinMax={}, Entropy={}, Percentile=dict(CalibPercentile=99.99))
 
 def image_reader(
@@ -110,7 +115,7 @@ def image_reader(
             return dict(image=some)
     return Images()
 
-# %% ../../nbs/810_optimize.quantize.ipynb #b4d2c209
+# %% ../../nbs/810_optimize.quantize.ipynb #d5f2263e
 @contextlib.contextmanager
 def _quietly():
     "In here, the library's advice and its progress are not shown"
@@ -125,6 +130,7 @@ def _why(error):
     "The first line of another library's error"
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
+# %% ../../nbs/810_optimize.quantize.ipynb #42d29c0d
 def quantize_onnx(
     data:bytes,             # An ONNX file with floats
     pixels:np.ndarray,      # (N, S, S, 3) uint8, of the training set
@@ -146,7 +152,7 @@ def quantize_onnx(
         except Exception as e: raise QuantizationError(f'The network cannot be quantized: {_why(e)}.') from None
         return after.read_bytes()
 
-# %% ../../nbs/810_optimize.quantize.ipynb #26781914
+# %% ../../nbs/810_optimize.quantize.ipynb #53e792ab
 close_enough = .01      # Mean distance of a probability
 _left_out_sets = [(), ('depthwise', 'squeeze', 'first')]
 
@@ -166,7 +172,7 @@ def _distance(bundle, data, pixels, reference):
     same = (draft.probabilities(pixels)[:, k] >= bundle.threshold) == (reference[:, k] >= bundle.threshold)
     return dict(distance=float(apart.mean()), largest=float(apart.max()), agreement=float(same.mean()))
 
-# %% ../../nbs/810_optimize.quantize.ipynb #431574ca
+# %% ../../nbs/810_optimize.quantize.ipynb #62055e73
 def _candidate_sets(groups):
     "The sets of groups that differ in this network"
     seen = {}
@@ -180,7 +186,7 @@ def choose_quantization(
     images:CalibrationImages,   # Of its training set
     tried=methods,              # Names of the methods
 )->Quantized:
-    "Try methods, and then fewer layers, until the quantized network is close enough to the original; the closest counts"
+    "Try methods, then fewer layers, until the quantized network is close enough to the original; the closest counts"
     data, rows, best = parent_files(bundle)[onnx_file], [], None
     reference = bundle.probabilities(images.judges)
     for left_out in _candidate_sets(node_groups(data)):
@@ -192,14 +198,14 @@ def choose_quantization(
         if best[0] <= close_enough: break
     return Quantized(*best[1:], pd.DataFrame(rows))
 
-# %% ../../nbs/810_optimize.quantize.ipynb #7a9ffe49
+# %% ../../nbs/810_optimize.quantize.ipynb #90db6d27
 def _rounded(weight):
     "int8 values and a scale for each output channel, in the shape that multiplies them"
     scale = np.abs(weight.reshape(len(weight), -1)).max(1)/127
     scale = np.where(scale > 0, scale, 1).astype(np.float32).reshape(-1, *[1]*(weight.ndim - 1))
     return np.clip(np.round(weight/scale), -127, 127).astype(np.int8), scale
 
-# %% ../../nbs/810_optimize.quantize.ipynb #b196cc1f
+# %% ../../nbs/810_optimize.quantize.ipynb #a2d9858a
 def quantize_weights(
     data:bytes,     # An ONNX file with floats
 )->bytes:           # An ONNX file with integer weights, computed in floats
@@ -213,7 +219,8 @@ def quantize_weights(
     for name in dict.fromkeys(n.input[1] for n in nodes if n.input[1] in weights):
         values, scale = _rounded(numpy_helper.to_array(weights[name]))
         graph.initializer.remove(weights[name])
-        graph.initializer.extend(numpy_helper.from_array(a, f'{name}_{k}') for k, a in (('int8', values), ('scale', scale)))
+        stored = (numpy_helper.from_array(a, f'{name}_{k}') for k, a in (('int8', values), ('scale', scale)))
+        graph.initializer.extend(stored)
         scaling += [helper.make_node('Cast', [f'{name}_int8'], [f'{name}_float'], to=onnx.TensorProto.FLOAT),
                     helper.make_node('Mul', [f'{name}_float', f'{name}_scale'], [name])]
     rest = list(graph.node)
@@ -222,7 +229,7 @@ def quantize_weights(
     onnx.checker.check_model(model)
     return model.SerializeToString()
 
-# %% ../../nbs/810_optimize.quantize.ipynb #1e41facb
+# %% ../../nbs/810_optimize.quantize.ipynb #a9f966b8
 def quantize_dynamically(
     data:bytes,     # An ONNX file with floats
 )->bytes:           # An ONNX file with integer weights
