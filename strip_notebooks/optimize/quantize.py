@@ -7,7 +7,7 @@ __all__ = ['methods', 'close_enough', 'QuantizationError', 'check_training_image
            'node_groups', 'image_reader', 'quantize_onnx', 'Quantized', 'choose_quantization', 'quantize_weights',
            'quantize_dynamically']
 
-# %% ../../nbs/810_optimize.quantize.ipynb #6cbbedc3
+# %% ../../nbs/810_optimize.quantize.ipynb #66345630
 import contextlib, io, logging, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..core import StripError, plural
 from ..data.cache import pixels_hash
 from ..onnx_runtime import onnx_file
 
-# %% ../../nbs/810_optimize.quantize.ipynb #b3a3c2bf
+# %% ../../nbs/810_optimize.quantize.ipynb #2828cd92
 class QuantizationError(StripError):
     "A network cannot be quantized as requested"
 
@@ -32,7 +32,7 @@ def _differ(bundle, rows, cache):
     if known.get('pixels', '') and known['pixels'] != pixels_hash(cache, rows.image_id): return 'other pixels'
     return ''
 
-# %% ../../nbs/810_optimize.quantize.ipynb #1fa71bbd
+# %% ../../nbs/810_optimize.quantize.ipynb #7bdc4fcd
 def check_training_images(
     bundle:Bundle,          # A model
     cohort:pd.DataFrame,    # One row per image: image_id, patient_id, label, split
@@ -51,7 +51,7 @@ def check_training_images(
                             'calibrated with images of its own training set only; give the cohort and the cache '
                             'of its run of prepare.')
 
-# %% ../../nbs/810_optimize.quantize.ipynb #9bfed24a
+# %% ../../nbs/810_optimize.quantize.ipynb #5523810a
 @dataclass(frozen=True, eq=False)
 class CalibrationImages:
     "Training images for two jobs"
@@ -71,7 +71,7 @@ def calibration_images(
     chosen = np.array(cache.images[np.sort(cache.rows(rows.image_id.iloc[order][:max(2, most)]))])
     return CalibrationImages(chosen[::2], chosen[1::2])
 
-# %% ../../nbs/810_optimize.quantize.ipynb #76183d0d
+# %% ../../nbs/810_optimize.quantize.ipynb #5822fd08
 _kinds = ('Conv', 'Gemm', 'MatMul')
 
 def _group_size(node): return next((a.i for a in node.attribute if a.name == 'group'), 1)
@@ -95,7 +95,7 @@ def node_groups(
                 depthwise=[n.name for n in convolutions if _group_size(n) > 1],
                 squeeze=[n.name for n in convolutions if pooled(n)])
 
-# %% ../../nbs/810_optimize.quantize.ipynb #e747d92a
+# %% ../../nbs/810_optimize.quantize.ipynb #330ea753
 methods = dict(MinMax={}, Entropy={}, Percentile=dict(CalibPercentile=99.99))
 
 def image_reader(
@@ -115,7 +115,7 @@ def image_reader(
             return dict(image=some)
     return Images()
 
-# %% ../../nbs/810_optimize.quantize.ipynb #d5f2263e
+# %% ../../nbs/810_optimize.quantize.ipynb #ae781804
 @contextlib.contextmanager
 def _quietly():
     "In here, the library's advice and its progress are not shown"
@@ -130,7 +130,7 @@ def _why(error):
     "The first line of another library's error"
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
-# %% ../../nbs/810_optimize.quantize.ipynb #42d29c0d
+# %% ../../nbs/810_optimize.quantize.ipynb #a3c5e0be
 def quantize_onnx(
     data:bytes,             # An ONNX file with floats
     pixels:np.ndarray,      # (N, S, S, 3) uint8, of the training set
@@ -152,7 +152,7 @@ def quantize_onnx(
         except Exception as e: raise QuantizationError(f'The network cannot be quantized: {_why(e)}.') from None
         return after.read_bytes()
 
-# %% ../../nbs/810_optimize.quantize.ipynb #53e792ab
+# %% ../../nbs/810_optimize.quantize.ipynb #b390a802
 close_enough = .01      # Mean distance of a probability
 _left_out_sets = [(), ('depthwise', 'squeeze', 'first')]
 
@@ -172,7 +172,7 @@ def _distance(bundle, data, pixels, reference):
     same = (draft.probabilities(pixels)[:, k] >= bundle.threshold) == (reference[:, k] >= bundle.threshold)
     return dict(distance=float(apart.mean()), largest=float(apart.max()), agreement=float(same.mean()))
 
-# %% ../../nbs/810_optimize.quantize.ipynb #62055e73
+# %% ../../nbs/810_optimize.quantize.ipynb #89cfc2ca
 def _candidate_sets(groups):
     "The sets of groups that differ in this network"
     seen = {}
@@ -198,14 +198,14 @@ def choose_quantization(
         if best[0] <= close_enough: break
     return Quantized(*best[1:], pd.DataFrame(rows))
 
-# %% ../../nbs/810_optimize.quantize.ipynb #90db6d27
+# %% ../../nbs/810_optimize.quantize.ipynb #213d2c54
 def _rounded(weight):
     "int8 values and a scale for each output channel, in the shape that multiplies them"
     scale = np.abs(weight.reshape(len(weight), -1)).max(1)/127
     scale = np.where(scale > 0, scale, 1).astype(np.float32).reshape(-1, *[1]*(weight.ndim - 1))
     return np.clip(np.round(weight/scale), -127, 127).astype(np.int8), scale
 
-# %% ../../nbs/810_optimize.quantize.ipynb #a2d9858a
+# %% ../../nbs/810_optimize.quantize.ipynb #ad499e45
 def quantize_weights(
     data:bytes,     # An ONNX file with floats
 )->bytes:           # An ONNX file with integer weights, computed in floats
@@ -229,7 +229,7 @@ def quantize_weights(
     onnx.checker.check_model(model)
     return model.SerializeToString()
 
-# %% ../../nbs/810_optimize.quantize.ipynb #a9f966b8
+# %% ../../nbs/810_optimize.quantize.ipynb #a8fd64e8
 def quantize_dynamically(
     data:bytes,     # An ONNX file with floats
 )->bytes:           # An ONNX file with integer weights
