@@ -116,7 +116,7 @@ class ClassifierSpec(BaseModel):
     conformal:Conformal|None = None                 # None gives no prediction sets
     outliers:Outliers|None = None                   # None finds no outliers
     head:Head|None = None                           # Of a runtime other than torch, if its head is linear
-    reference:Reference|None = None                 # Predictions for the training images, None if they are not known
+    reference:Reference|None = None                 # How its predictions are distributed, None if not known
     trained_on:dict = Field(default_factory=dict)   # Summary of the training
 
     @model_validator(mode='after')
@@ -322,7 +322,8 @@ def _show(self:TorchRuntime):
     "What computes the outputs of the network: `network_outputs`, or its logits alone where that gives other ones"
     import torch
     if not hasattr(self, '_shows'):
-        x = self.batch(np.arange(self.preprocessing.size**2*3).reshape(1, self.preprocessing.size, -1, 3).astype(np.uint8))
+        size = self.preprocessing.size
+        x = self.batch(np.arange(3*size**2).reshape(1, size, size, 3).astype(np.uint8))
         with torch.inference_mode(): both = network_outputs(self.model, x)['logits'], self.model(x)
         self._shows = network_outputs if torch.equal(*both) else lambda model, batch: dict(logits=model(batch))
     return self._shows
