@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['openvino_network', 'openvino_int8']
 
-# %% ../../nbs/814_optimize.openvino.ipynb #b79f8c6c
-import contextlib, io, logging
+# %% ../../nbs/814_optimize.openvino.ipynb #2fcbfc23
+import contextlib, logging
 
 import numpy as np
 
 from ..openvino_runtime import import_openvino, openvino_bytes
 from .quantize import QuantizationError
 
-# %% ../../nbs/814_optimize.openvino.ipynb #e61ea466
+# %% ../../nbs/814_optimize.openvino.ipynb #0684a455
 def openvino_network(
     data:bytes,             # An ONNX file, from `export_onnx`
     precision:str='f32',    # f32 or bf16
@@ -25,19 +25,20 @@ def openvino_network(
         raise QuantizationError(f'OpenVINO cannot read the network: {str(e).splitlines()[0][:200]}.') from None
     return openvino_bytes(model, precision)
 
-# %% ../../nbs/814_optimize.openvino.ipynb #e613a8e3
+# %% ../../nbs/814_optimize.openvino.ipynb #1b428050
 _in_floats = ['Add', 'Subtract', 'Multiply', 'MatMul']      # Sums, normalization, and the classifier
 
 @contextlib.contextmanager
 def _silent():
-    "In here, NNCF and what it imports print nothing"
+    "In here, NNCF and what it imports show nothing"
+    from IPython.utils.capture import capture_output
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): yield
+        with capture_output(): yield
     finally: logging.disable(before)
 
-# %% ../../nbs/814_optimize.openvino.ipynb #95bf6731
+# %% ../../nbs/814_optimize.openvino.ipynb #4b979ba7
 def openvino_int8(
     data:bytes,             # An ONNX file with floats
     pixels:np.ndarray,      # (N, S, S, 3) uint8, of the training set
