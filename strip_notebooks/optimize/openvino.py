@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['openvino_network', 'openvino_int8']
 
-# %% ../../nbs/814_optimize.openvino.ipynb #2fcbfc23
-import contextlib, logging
+# %% ../../nbs/814_optimize.openvino.ipynb #54f5bd25
+import contextlib, io, logging
+from unittest import mock
 
 import numpy as np
 
 from ..openvino_runtime import import_openvino, openvino_bytes
 from .quantize import QuantizationError
 
-# %% ../../nbs/814_optimize.openvino.ipynb #0684a455
+# %% ../../nbs/814_optimize.openvino.ipynb #260b5082
 def openvino_network(
     data:bytes,             # An ONNX file, from `export_onnx`
     precision:str='f32',    # f32 or bf16
@@ -25,20 +26,20 @@ def openvino_network(
         raise QuantizationError(f'OpenVINO cannot read the network: {str(e).splitlines()[0][:200]}.') from None
     return openvino_bytes(model, precision)
 
-# %% ../../nbs/814_optimize.openvino.ipynb #1b428050
+# %% ../../nbs/814_optimize.openvino.ipynb #2852aa6e
 _in_floats = ['Add', 'Subtract', 'Multiply', 'MatMul']      # Sums, normalization, and the classifier
 
 @contextlib.contextmanager
 def _silent():
     "In here, NNCF and what it imports show nothing"
-    from IPython.utils.capture import capture_output
-    before = logging.root.manager.disable
+    before, words = logging.root.manager.disable, io.StringIO()
+    plain = mock.patch('rich.console._is_jupyter', return_value=False, create=True)    # its progress bar is a widget
     logging.disable(logging.WARNING)
     try:
-        with capture_output(): yield
+        with contextlib.redirect_stdout(words), contextlib.redirect_stderr(words), plain: yield
     finally: logging.disable(before)
 
-# %% ../../nbs/814_optimize.openvino.ipynb #4b979ba7
+# %% ../../nbs/814_optimize.openvino.ipynb #4c076f40
 def openvino_int8(
     data:bytes,             # An ONNX file with floats
     pixels:np.ndarray,      # (N, S, S, 3) uint8, of the training set
@@ -46,7 +47,7 @@ def openvino_int8(
     "The network with 8-bit convolutions for OpenVINO; a `StripError` if it cannot be made"
     ov = import_openvino()
     try:
-        with _silent(): import nncf
+        with contextlib.redirect_stderr(io.StringIO()): import nncf
     except ImportError: raise QuantizationError('NNCF is not installed; install it with pip install '
                                                 'strip-notebooks[openvino].') from None
     images = nncf.Dataset([pixels[i:i + 1] for i in range(len(pixels))], lambda image: dict(image=image))
