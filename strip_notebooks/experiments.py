@@ -410,9 +410,9 @@ def find_run(
 # %% ../nbs/900_experiments.ipynb #eeb5408a
 builds_on = dict(train=('prepare_run', ['prepare']), crossval=('prepare_run', ['prepare']),
                  derive=('train_run', ['train']),
-                 **dict.fromkeys(['evaluate', *study_steps], ('train_run', ['train', 'derive'])),
+                 **dict.fromkeys(['evaluate', *study_steps, 'optimize'], ('train_run', ['train', 'derive'])),
                  report=('evaluate_run', ['evaluate']))
-_by_name = dict(evaluate=['uncertainty'])   # Steps whose runs are taken if they are named, and never as the newest
+_by_name = dict(evaluate=['uncertainty', 'optimize'], optimize=['uncertainty'])   # Steps whose runs are taken if they are named, and never as the newest
 
 def with_parent(
     step:str,       # The experiment

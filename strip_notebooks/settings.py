@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from .training.config import PretrainConfig, Settings, SettingsError, TrainConfig, parameter_type
 from .study_settings import (
-    BiasSettings, ExplainSettings, FeatureSettings, RobustnessSettings, UncertaintySettings)
+    BiasSettings, ExplainSettings, FeatureSettings, OptimizeSettings, RobustnessSettings, UncertaintySettings)
 from .training.schemes import CrossvalConfig
 
 # %% ../nbs/895_settings.ipynb #7f1ccc82
@@ -230,7 +230,7 @@ study_steps = ['explain', 'features', 'uncertainty', 'robustness', 'bias']     #
 step_settings = dict(prepare=PrepareSettings, pretrain=PretrainSettings, train=TrainSettings, crossval=CrossvalSettings,
                      derive=DeriveSettings, evaluate=EvaluateSettings, evaluate_table=EvaluateTableSettings,
                      explain=ExplainSettings, features=FeatureSettings, uncertainty=UncertaintySettings,
-                     robustness=RobustnessSettings, bias=BiasSettings, report=ReportSettings,
+                     robustness=RobustnessSettings, bias=BiasSettings, optimize=OptimizeSettings, report=ReportSettings,
                      benchmark=BenchmarkSettings)
 
 # %% ../nbs/895_settings.ipynb #b9e83ad5
