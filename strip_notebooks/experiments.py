@@ -412,7 +412,8 @@ builds_on = dict(train=('prepare_run', ['prepare']), crossval=('prepare_run', ['
                  derive=('train_run', ['train']),
                  **dict.fromkeys(['evaluate', *study_steps, 'optimize'], ('train_run', ['train', 'derive'])),
                  report=('evaluate_run', ['evaluate']))
-_by_name = dict(evaluate=['uncertainty', 'optimize'], optimize=['uncertainty'])   # Steps whose runs are taken if they are named, and never as the newest
+# Steps whose runs are taken if they are named, and never as the newest
+_by_name = dict(evaluate=['uncertainty', 'optimize'], optimize=['uncertainty'])
 
 def with_parent(
     step:str,       # The experiment

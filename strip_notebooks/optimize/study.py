@@ -6,7 +6,7 @@
 __all__ = ['Made', 'make_variant', 'network_bytes', 'Optimized', 'optimized_variants', 'optimize_sentences', 'optimize_figure',
            'optimize_part', 'write_recommended']
 
-# %% ../../nbs/870_optimize.study.ipynb #5b71a7de
+# %% ../../nbs/870_optimize.study.ipynb #965979aa
 import shutil, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from .verdict import Decision, Gain, Verdict, judged, recommended_one
 from ..parts import Part
 from ..statistics import Estimate
 
-# %% ../../nbs/870_optimize.study.ipynb #755c7142
+# %% ../../nbs/870_optimize.study.ipynb #bb6d5e80
 @dataclass(frozen=True, eq=False)
 class Made:
     "What became of one variant"
@@ -52,7 +52,7 @@ def make_variant(
     except StripError as e: return Made(name, '', None, None, False, [str(e)])
     return Made(name, draft.about, bundle, predictions, draft.trained, notes)
 
-# %% ../../nbs/870_optimize.study.ipynb #c816debe
+# %% ../../nbs/870_optimize.study.ipynb #e94e11cc
 def network_bytes(
     bundle:Bundle,  # From `load_bundle`
 )->int:
@@ -75,7 +75,7 @@ def _changes(kept, settings):
         return model_change(tested(original), tested(m), point, settings.resamples, settings.seed)
     return {name: change(m) for name, m in kept.items()}
 
-# %% ../../nbs/870_optimize.study.ipynb #70093e97
+# %% ../../nbs/870_optimize.study.ipynb #c38146e7
 def _estimates(change):
     "The differences of a `Change` with their bounds, as columns"
     named = dict(AUC_change=change.auc, log_loss_change=change.log_loss, calibration_error_change=change.calibration)
@@ -92,7 +92,7 @@ def _row(made, speeds, changes, verdict):
     row |= dict(decision=verdict.decision.name if verdict else '', verdict=str(verdict or 'the original'))
     return row | dict(made_as=made.about)
 
-# %% ../../nbs/870_optimize.study.ipynb #012e7c83
+# %% ../../nbs/870_optimize.study.ipynb #96538da9
 @dataclass(frozen=True, eq=False)
 class Optimized:
     "All variants of a model, judged"
@@ -102,7 +102,7 @@ class Optimized:
     recommended:str     # A name; empty if none is
     machine:object      # `Machine`
 
-# %% ../../nbs/870_optimize.study.ipynb #85f75c3b
+# %% ../../nbs/870_optimize.study.ipynb #fede22e7
 def optimized_variants(
     bundle:Bundle,          # The original: a PyTorch network on the CPU, loaded from a folder
     cohort:pd.DataFrame,    # All images, with labels and split
@@ -122,7 +122,7 @@ def optimized_variants(
     speeds = measured_speeds({name: m.bundle for name, m in kept.items()}, pixels, settings.rounds)
     return _judged(made, speeds, _changes(kept, settings), folder, machine)
 
-# %% ../../nbs/870_optimize.study.ipynb #7748e6e9
+# %% ../../nbs/870_optimize.study.ipynb #c22f7f85
 def _verdict(made, gains, changes):
     "The verdict on a variant"
     if made.bundle is None: return Verdict(Decision.failed, made.notes[0].rstrip('.'))
@@ -138,7 +138,7 @@ def _judged(made, speeds, changes, folder, machine):
     rows = [_row(m, speeds, changes, verdicts.get(name)) for name, m in made.items()]
     return Optimized(made, verdicts, pd.DataFrame(rows), recommended_one(verdicts, gains), machine)
 
-# %% ../../nbs/870_optimize.study.ipynb #cc1919c0
+# %% ../../nbs/870_optimize.study.ipynb #821b4599
 def _recommended_row(o):
     "The row of the recommended variant"
     return o.table.set_index('variant').loc[o.recommended]
@@ -162,7 +162,7 @@ def _patient_sentence(o):
     return (f'{100*row.agreement:.1f} % of the test images keep their predicted class; the patient AUC changes by '
             f'{_change_text(row, "AUC_change")}, the weighted log loss by {_change_text(row, "log_loss_change")}.')
 
-# %% ../../nbs/870_optimize.study.ipynb #eecce5ce
+# %% ../../nbs/870_optimize.study.ipynb #b6045cf2
 def optimize_sentences(
     o:Optimized,    # From `optimized_variants`
 )->list[str]:
@@ -174,7 +174,7 @@ def optimize_sentences(
     lines = [_first_sentence(o), _patient_sentence(o), others, f'Measured on {o.machine}.', *refused, *notes]
     return [line for line in lines if line]
 
-# %% ../../nbs/870_optimize.study.ipynb #b2f8d395
+# %% ../../nbs/870_optimize.study.ipynb #85779095
 def optimize_figure(
     table:pd.DataFrame,     # Of `Optimized`
 ):                          # Matplotlib figure
@@ -192,7 +192,7 @@ def optimize_figure(
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../../nbs/870_optimize.study.ipynb #78ae3ca0
+# %% ../../nbs/870_optimize.study.ipynb #f015dead
 _columns = ['variant', 'megabytes', 'median_ms', 'p95_ms', 'per_second', 'ratio_single', 'ratio_batch', 'agreement',
             *[f'{name}{end}' for name in ('AUC_change', 'log_loss_change', 'calibration_error_change')
               for end in ('', '_low', '_high')], 'verdict']
@@ -221,7 +221,7 @@ def _numbers(o):
     row = _recommended_row(o)
     return {name: float(row[name]) for name in ('megabytes', 'median_ms', 'per_second', 'ratio_single', 'ratio_batch')}
 
-# %% ../../nbs/870_optimize.study.ipynb #5290e287
+# %% ../../nbs/870_optimize.study.ipynb #27fc70ca
 def write_recommended(
     bundle:Bundle,      # The original
     o:Optimized,        # From `optimized_variants`

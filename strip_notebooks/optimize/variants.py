@@ -7,7 +7,7 @@ __all__ = ['recipes', 'Workshop', 'Shared', 'onnx_draft', 'int8_draft', 'weights
            'pruned_int8_draft', 'bf16_draft', 'zeroed_draft', 'openvino_draft', 'openvino_bf16_draft',
            'openvino_int8_draft', 'pruned_openvino_draft', 'check_variants']
 
-# %% ../../nbs/860_optimize.variants.ipynb #4bbde0cf
+# %% ../../nbs/860_optimize.variants.ipynb #0c898b9d
 import tempfile
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from .quantize import (calibration_images, choose_quantization, quantize_dynamic
                                                quantize_weights)
 from .refit import Draft
 
-# %% ../../nbs/860_optimize.variants.ipynb #e88480b9
+# %% ../../nbs/860_optimize.variants.ipynb #e6654963
 class Workshop:
     "A trained model with the images that its variants need"
     def __init__(self,
@@ -49,7 +49,7 @@ class Workshop:
 
     def _export(self, bundle, name): return export_bundle(bundle, Path(self.scratch.name)/name, self.images.judges[:16])
 
-# %% ../../nbs/860_optimize.variants.ipynb #a3a04112
+# %% ../../nbs/860_optimize.variants.ipynb #14a72e04
 def _pruned(workshop):
     "The pruned and fine-tuned network, exported"
     w = workshop
@@ -76,7 +76,7 @@ class Shared:
         arch = self.workshop.bundle.spec['arch']
         return f'{arch}, {100*self.workshop.share:g} % of channels removed'
 
-# %% ../../nbs/860_optimize.variants.ipynb #eee66da9
+# %% ../../nbs/860_optimize.variants.ipynb #80d6d617
 def _head_fields(bundle, **fields):
     "The fields of a draft whose head is that of an exported bundle"
     return dict(head=bundle.spec['head'], **fields)
@@ -105,7 +105,7 @@ def int8_draft(
     q = shared.rounded
     return _as_onnx('onnx-int8', shared.workshop.exported, q.data, f'ONNX Runtime, {_quantized_words(q)}')
 
-# %% ../../nbs/860_optimize.variants.ipynb #876c9d1c
+# %% ../../nbs/860_optimize.variants.ipynb #dd89987d
 def weights_draft(
     shared:Shared,  # Of one model
 )->Draft:
@@ -122,7 +122,7 @@ def dynamic_draft(
     data = quantize_dynamically(parent_files(exported)[onnx_file])
     return _as_onnx('onnx-int8-dynamic', exported, data, 'ONNX Runtime, dynamic INT8')
 
-# %% ../../nbs/860_optimize.variants.ipynb #c6c55a18
+# %% ../../nbs/860_optimize.variants.ipynb #6f36663e
 def pruned_draft(
     shared:Shared,  # Of one model
 )->Draft:
@@ -139,7 +139,7 @@ def pruned_int8_draft(
     return _as_onnx('pruned-int8', shared.pruned, q.data, f'channels removed, fine-tuned, {_quantized_words(q)}',
                     arch=shared.pruned_arch, trained=True)
 
-# %% ../../nbs/860_optimize.variants.ipynb #ebefb670
+# %% ../../nbs/860_optimize.variants.ipynb #cbf2cd12
 def _torch_files(net, dtype=None):
     "The weights of a PyTorch network as a file"
     from safetensors.torch import save
@@ -163,7 +163,7 @@ def zeroed_draft(
     about = f'PyTorch, {100*w.share:g} % of the single weights set to zero'
     return Draft('zeroed', _torch_files(zeroed_network(w.bundle, w.share)), 'torch', about)
 
-# %% ../../nbs/860_optimize.variants.ipynb #1cecca72
+# %% ../../nbs/860_optimize.variants.ipynb #60cf4a8b
 def _as_openvino(name, bundle, files, about, **how):
     "A draft with an OpenVINO model in place of the ONNX file of an exported bundle"
     others = {n: data for n, data in parent_files(bundle).items() if n != onnx_file}
@@ -187,7 +187,7 @@ def openvino_bf16_draft(
     "The exported network in OpenVINO, computed in bfloat16"
     return _openvino_floats('openvino-bf16', shared, 'bf16', 'bfloat16 (INFERENCE_PRECISION_HINT bf16)')
 
-# %% ../../nbs/860_optimize.variants.ipynb #c2bd00a9
+# %% ../../nbs/860_optimize.variants.ipynb #06d9ba6f
 def openvino_int8_draft(
     shared:Shared,  # Of one model
 )->Draft:
@@ -204,7 +204,7 @@ def pruned_openvino_draft(
     return _as_openvino('pruned-openvino-int8', shared.pruned, files, 'channels removed, fine-tuned, INT8 by NNCF',
                         arch=shared.pruned_arch, trained=True)
 
-# %% ../../nbs/860_optimize.variants.ipynb #61274c47
+# %% ../../nbs/860_optimize.variants.ipynb #42d7e1d9
 recipes = {'onnx': onnx_draft, 'onnx-int8': int8_draft, 'onnx-int8-weights': weights_draft,
            'onnx-int8-dynamic': dynamic_draft, 'openvino': openvino_draft, 'openvino-bf16': openvino_bf16_draft,
            'openvino-int8': openvino_int8_draft, 'bf16-weights': bf16_draft, 'pruned': pruned_draft,
