@@ -146,8 +146,8 @@ def test_sizes_that_the_field_quotes(arch, parts, tmp_path):
     assert megabytes[0] == pytest.approx(parts[0], rel=.02) and max(megabytes[1:]) < parts[1]*1.02
 
 @pytest.mark.slow
-@pytest.mark.parametrize('arch, epochs, most', [('resnet18', 6, .02), ('efficientnet_b0', 16, .05)])
-def test_a_trained_architecture_and_its_verdicts(arch, epochs, most, tmp_path):
+@pytest.mark.parametrize('arch, epochs', [('resnet18', 6), ('efficientnet_b0', 16)])
+def test_a_trained_architecture_and_its_verdicts(arch, epochs, tmp_path):
     "INT8 of a trained ResNet is accepted; where rounding the values of an EfficientNet is not, its weights alone are near the original"
     cohort, cache = clots(tmp_path, 500, 64, ratios=(.4, .1, .5))
     bundle = trained(tmp_path, cohort, cache, arch, epochs=epochs, lr=.0006, batch_size=16)
@@ -156,8 +156,9 @@ def test_a_trained_architecture_and_its_verdicts(arch, epochs, most, tmp_path):
     print(rows[['megabytes', 'ratio_single', 'ratio_batch', 'agreement', 'largest_change', 'AUC_change_low', 'verdict']].to_string())
     assert rows.largest_change['onnx'] < 1e-4
     if arch == 'resnet18': assert rows.agreement['onnx-int8'] > .97 and rows.AUC_change_low['onnx-int8'] > -margin
-    else: assert rows.agreement['onnx-int8'] > .97 or not o.verdicts['onnx-int8'].recommended or rows.AUC_change_low['onnx-int8'] > -margin
-    assert rows.agreement['onnx-int8-weights'] > .95 and rows.AUC_change_low['onnx-int8-weights'] > -margin
+    for r in rows.itertuples():     # an EfficientNet from scratch is hard to round: whatever is taken must be within the margin
+        if r.decision == 'take': assert not r.AUC_change_low < -margin and r.agreement >= .95
+    assert rows.agreement['onnx-int8-weights'] > .95 and rows.agreement['onnx-int8-weights'] >= rows.agreement['onnx-int8'] - .02
 
 @pytest.mark.slow
 def test_clot_run_optimize(tmp_path):

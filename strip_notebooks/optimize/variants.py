@@ -7,7 +7,7 @@ __all__ = ['recipes', 'Workshop', 'Shared', 'onnx_draft', 'int8_draft', 'weights
            'pruned_int8_draft', 'bf16_draft', 'zeroed_draft', 'openvino_draft', 'openvino_bf16_draft',
            'openvino_int8_draft', 'pruned_openvino_draft', 'check_variants']
 
-# %% ../../nbs/860_optimize.variants.ipynb #0c898b9d
+# %% ../../nbs/860_optimize.variants.ipynb #8eb057cb
 import tempfile
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from .quantize import (calibration_images, choose_quantization, quantize_dynamic
                                                quantize_weights)
 from .refit import Draft
 
-# %% ../../nbs/860_optimize.variants.ipynb #e6654963
+# %% ../../nbs/860_optimize.variants.ipynb #68ff011c
 class Workshop:
     "A trained model with the images that its variants need"
     def __init__(self,
@@ -42,20 +42,25 @@ class Workshop:
         self.scratch = tempfile.TemporaryDirectory()
 
     @cached_property
-    def images(self): return calibration_images(self.bundle, self.cohort, self.cache, self.most, self.seed)
+    def images(self):
+        "Training images for calibration"
+        return calibration_images(self.bundle, self.cohort, self.cache, self.most, self.seed)
 
     @cached_property
-    def exported(self): return self._export(self.bundle, 'exported')
+    def exported(self):
+        "The network as ONNX, a bundle"
+        return self._export(self.bundle, 'exported')
 
     def _export(self, bundle, name): return export_bundle(bundle, Path(self.scratch.name)/name, self.images.judges[:16])
 
-# %% ../../nbs/860_optimize.variants.ipynb #14a72e04
+# %% ../../nbs/860_optimize.variants.ipynb #865d6402
 def _pruned(workshop):
     "The pruned and fine-tuned network, exported"
     w = workshop
     net = fine_tuned(w.bundle, pruned_network(w.bundle, w.share), w.cohort, w.cache, w.epochs, w.seed)
     return w._export(with_network(w.bundle, net), 'pruned')
 
+# %% ../../nbs/860_optimize.variants.ipynb #a6c02011
 class Shared:
     "What several variants of a workshop begin with"
     def __init__(self,
@@ -63,20 +68,27 @@ class Shared:
     ): self.workshop = workshop
 
     @cached_property
-    def pruned(self): return _pruned(self.workshop)
+    def pruned(self):
+        "The pruned and fine-tuned network as ONNX, a bundle"
+        return _pruned(self.workshop)
 
     @cached_property
-    def rounded(self): return choose_quantization(self.workshop.exported, self.workshop.images)
+    def rounded(self):
+        "The network in 8 bits"
+        return choose_quantization(self.workshop.exported, self.workshop.images)
 
     @cached_property
-    def pruned_rounded(self): return choose_quantization(self.pruned, self.workshop.images)
+    def pruned_rounded(self):
+        "The pruned network in 8 bits"
+        return choose_quantization(self.pruned, self.workshop.images)
 
     @property
     def pruned_arch(self):
+        "What the pruned network is called"
         arch = self.workshop.bundle.spec['arch']
         return f'{arch}, {100*self.workshop.share:g} % of channels removed'
 
-# %% ../../nbs/860_optimize.variants.ipynb #80d6d617
+# %% ../../nbs/860_optimize.variants.ipynb #d4d38a49
 def _head_fields(bundle, **fields):
     "The fields of a draft whose head is that of an exported bundle"
     return dict(head=bundle.spec['head'], **fields)
@@ -105,7 +117,7 @@ def int8_draft(
     q = shared.rounded
     return _as_onnx('onnx-int8', shared.workshop.exported, q.data, f'ONNX Runtime, {_quantized_words(q)}')
 
-# %% ../../nbs/860_optimize.variants.ipynb #dd89987d
+# %% ../../nbs/860_optimize.variants.ipynb #aad4bc12
 def weights_draft(
     shared:Shared,  # Of one model
 )->Draft:
@@ -122,7 +134,7 @@ def dynamic_draft(
     data = quantize_dynamically(parent_files(exported)[onnx_file])
     return _as_onnx('onnx-int8-dynamic', exported, data, 'ONNX Runtime, dynamic INT8')
 
-# %% ../../nbs/860_optimize.variants.ipynb #6f36663e
+# %% ../../nbs/860_optimize.variants.ipynb #1ac097d4
 def pruned_draft(
     shared:Shared,  # Of one model
 )->Draft:
@@ -139,7 +151,7 @@ def pruned_int8_draft(
     return _as_onnx('pruned-int8', shared.pruned, q.data, f'channels removed, fine-tuned, {_quantized_words(q)}',
                     arch=shared.pruned_arch, trained=True)
 
-# %% ../../nbs/860_optimize.variants.ipynb #cbf2cd12
+# %% ../../nbs/860_optimize.variants.ipynb #c67fc49d
 def _torch_files(net, dtype=None):
     "The weights of a PyTorch network as a file"
     from safetensors.torch import save
@@ -163,7 +175,7 @@ def zeroed_draft(
     about = f'PyTorch, {100*w.share:g} % of the single weights set to zero'
     return Draft('zeroed', _torch_files(zeroed_network(w.bundle, w.share)), 'torch', about)
 
-# %% ../../nbs/860_optimize.variants.ipynb #60cf4a8b
+# %% ../../nbs/860_optimize.variants.ipynb #2f822263
 def _as_openvino(name, bundle, files, about, **how):
     "A draft with an OpenVINO model in place of the ONNX file of an exported bundle"
     others = {n: data for n, data in parent_files(bundle).items() if n != onnx_file}
@@ -187,7 +199,7 @@ def openvino_bf16_draft(
     "The exported network in OpenVINO, computed in bfloat16"
     return _openvino_floats('openvino-bf16', shared, 'bf16', 'bfloat16 (INFERENCE_PRECISION_HINT bf16)')
 
-# %% ../../nbs/860_optimize.variants.ipynb #06d9ba6f
+# %% ../../nbs/860_optimize.variants.ipynb #acc5c6c7
 def openvino_int8_draft(
     shared:Shared,  # Of one model
 )->Draft:
@@ -204,7 +216,7 @@ def pruned_openvino_draft(
     return _as_openvino('pruned-openvino-int8', shared.pruned, files, 'channels removed, fine-tuned, INT8 by NNCF',
                         arch=shared.pruned_arch, trained=True)
 
-# %% ../../nbs/860_optimize.variants.ipynb #42d7e1d9
+# %% ../../nbs/860_optimize.variants.ipynb #9675fbb4
 recipes = {'onnx': onnx_draft, 'onnx-int8': int8_draft, 'onnx-int8-weights': weights_draft,
            'onnx-int8-dynamic': dynamic_draft, 'openvino': openvino_draft, 'openvino-bf16': openvino_bf16_draft,
            'openvino-int8': openvino_int8_draft, 'bf16-weights': bf16_draft, 'pruned': pruned_draft,
