@@ -205,7 +205,7 @@ def begin_epoch(self:ImageClassifier,
 @patch
 def fingerprint(self:ImageClassifier)->list:
     "Settings, preprocessing and images; a file with weights counts by its content"
-    others = {*TrainerConfig.model_fields, 'devices', 'nodes'}      # which the trainer's own fingerprint covers
+    others = {*TrainerConfig.model_fields, 'devices'}   # which the trainer's own fingerprint covers
     settings = {k: v for k,v in self.config.model_dump().items() if k not in others}
     if Path(self.config.pretrained).is_file(): settings['pretrained'] = file_hash(self.config.pretrained)
     columns = [self.cohort[c].astype(str).tolist() for c in ('image_id', 'patient_id', 'label', 'split')]

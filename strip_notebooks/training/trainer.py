@@ -175,9 +175,9 @@ def best_net(self:Trainer)->nn.Module:
     return self.net if self.ema is None else self.ema.module
 
 @patch(as_prop=True)
-def processes(self:Trainer)->int: # On all machines
+def processes(self:Trainer)->int: # 1 or more
     "How many processes train together, by the settings"
-    return getattr(self.config, 'devices', 1)*getattr(self.config, 'nodes', 1)
+    return getattr(self.config, 'devices', 1)
 
 # %% ../../nbs/420_training.trainer.ipynb #cef81e94
 @patch
@@ -469,7 +469,7 @@ def _check_processes(self:Trainer, begun:int):
     "A `TrainingError` if a training was begun with another number of processes"
     if begun == self.processes: return
     raise TrainingError(f'The training in {self.folder.name} was begun with {plural(begun, "process")} and cannot be resumed '
-                        f'with {self.processes}, which would change its result; give devices and nodes as before, '
+                        f'with {self.processes}, which would change its result; give devices as before, '
                         'or choose another folder.')
 
 @patch
@@ -481,7 +481,7 @@ def _check_start(self:Trainer):
     epochs = len(self.history)
     if self.summed(epochs) != epochs*self.place.world:
         raise TrainingError(f'The processes do not find the same checkpoints in {self.folder.name}; '
-                            'use a folder that all machines share.')
+                            'resume again, with nothing else writing there.')
 
 # %% ../../nbs/420_training.trainer.ipynb #1c8f5957
 def checkpoints(
