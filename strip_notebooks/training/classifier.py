@@ -29,6 +29,8 @@ from ..data.cohort import CohortWarning, check_cohort, columns_needed
 from ..data.cache import Cache
 from ..data.loading import CohortImages, make_loader
 from ..data.preprocess import Preprocessing
+
+# %% ../../nbs/430_training.classifier.ipynb #9fdd3e61
 from ..models import (ModelError, create_model, model_summary, resolve_arch, training_mode, unfreeze,
                                     weight_statistics)
 from ..operating import choose_threshold
@@ -486,6 +488,7 @@ def train_member(
     def report(history): tell(row=trainer.history[-1], seconds=trainer.seconds)
     trainer.fit([] if place.rank else [report])
 
+# %% ../../nbs/430_training.classifier.ipynb #b7f9f52a
 def train_together(
     trainer:Trainer,    # Of the process that waits for the others; it takes no part
     on_epoch,           # Functions that are called with the history after each epoch

@@ -9,7 +9,6 @@ __all__ = ['Place', 'check_devices', 'loopback', 'open_store', 'join_group', 'te
 # %% ../../nbs/418_training.processes.ipynb #bed2507a
 import importlib, json, os, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from queue import Queue
 
@@ -47,7 +46,8 @@ def check_devices(
     import torch
     most = dict(cpu=4*cpu_count(), cuda=torch.cuda.device_count(), mps=1)[device]
     if devices <= max(most, 1): return
-    has = dict(cpu=f'{plural(cpu_count(), "core")}, for at most {most} processes', cuda=plural(most, 'GPU'), mps='1 GPU')
+    cores = f'{plural(cpu_count(), "core")}, for at most {most} processes'
+    has = dict(cpu=cores, cuda=plural(most, 'GPU'), mps='1 GPU')
     raise TrainingError(f'devices={devices} is too many: this machine has {has[device]}.')
 
 # %% ../../nbs/418_training.processes.ipynb #98496638
@@ -58,21 +58,18 @@ def loopback()->str: # Such as 'lo'; empty if there is none
     return names[0] if names else ''
 
 def open_store(
-    where:dict,     # 'file', or 'address', 'port' and 'name' for several machines
+    where:str,      # A file that does not exist yet, in a folder of this training alone
     world:int,      # Processes that meet
-    wait:float=600, # Seconds to wait for the others
 ):                  # A store of torch
     "The store at which the processes of a training meet"
-    import torch.distributed as dist
-    if 'file' in where: return dist.FileStore(where['file'], world)
-    store = dist.TCPStore(where['address'], where['port'], None, False, timedelta(seconds=wait))
-    return dist.PrefixStore(where['name'], store)
+    from torch.distributed import FileStore
+    return FileStore(where, world)
 
 # %% ../../nbs/418_training.processes.ipynb #45f76c4a
 def join_group(
     place:Place,    # Of this process
     device:str,     # 'cpu' or 'cuda'
-    where:dict,     # For `open_store`
+    where:str,      # For `open_store`
 )->None:
     "Wait for the other processes of the group and connect with them"
     import torch
@@ -111,6 +108,7 @@ def named_function(
     module, _, function = name.partition(':')
     return getattr(importlib.import_module(module), function)
 
+# %% ../../nbs/418_training.processes.ipynb #81bf1dbc
 def run_member(
     job:dict,       # function, arguments, place, device and where
 )->None:
@@ -131,11 +129,11 @@ def run_member(
         os._exit(1)                                 # without waiting for processes that may never answer
 
 # %% ../../nbs/418_training.processes.ipynb #99152c3b
-def _member_environment(place, where, threads):
+def _member_environment(place, threads):
     "The environment variables of a member"
     counts = {f'{library}_NUM_THREADS': str(threads) for library in ('OMP', 'MKL', 'OPENBLAS')}
     ranks = dict(LOCAL_RANK=str(place.local), NODE_RANK=str(place.rank//place.devices))
-    inside = {} if 'address' in where or not loopback() else dict(GLOO_SOCKET_IFNAME=loopback())
+    inside = dict(GLOO_SOCKET_IFNAME=loopback()) if loopback() else {}
     return {**os.environ, **inside, **counts, **ranks, 'STRIP_PROGRESS': 'none', 'PYTHONUNBUFFERED': '1'}
 
 _start = """import json, sys
@@ -158,7 +156,7 @@ class Member:
         with open(self.output, 'wb') as errors:
             self.process = subprocess.Popen(
                 [sys.executable, '-c', _start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                env=_member_environment(self.place, job['where'], threads))
+                env=_member_environment(self.place, threads))
         try: print(json.dumps(job), file=self.process.stdin, flush=True)
         except BrokenPipeError: pass                    # it has ended, which is noticed below
         self.listener = threading.Thread(target=self.listen, args=(lines,), daemon=True)
@@ -197,6 +195,7 @@ def _cause_rank(member):
     said = member.output.read_text(errors='replace')
     return 1 + any(word in said for word in ('gloo', 'NCCL', 'Connection'))
 
+# %% ../../nbs/418_training.processes.ipynb #6f4482ea
 def failure(
     members:list,       # Of a group of which one has failed
     patience:float=2.,  # Seconds in which the others may fail, too
@@ -230,11 +229,13 @@ def follow(
             if member.process.wait(): raise failure(members)
         elif (message := heard(line)) and 'error' not in message: on_message(message)
 
+# %% ../../nbs/418_training.processes.ipynb #f44b2cd8
 def prints_folder()->str:
     "A new temporary folder, named by the number of this process, so that it is removed when the process was killed"
     remove_worker_files()
     return tempfile.mkdtemp(prefix=f'strip-workers-{os.getpid()}-')
 
+# %% ../../nbs/418_training.processes.ipynb #7420ffe3
 def run_together(
     function:str,       # Such as 'module:function'; called with a `Place` and the arguments in each process
     arguments:dict,     # As JSON can hold them
@@ -247,7 +248,7 @@ def run_together(
     check_devices(device, devices)
     threads = max(1, torch.get_num_threads()//devices)
     folder, lines, members = prints_folder(), Queue(), []
-    common = dict(function=function, arguments=arguments, device=device, where=dict(file=f'{folder}/store'), path=sys.path)
+    common = dict(function=function, arguments=arguments, device=device, where=f'{folder}/store', path=sys.path)
     try:
         for rank in range(devices):
             place = asdict(Place(rank, devices, devices))

@@ -118,12 +118,14 @@ def _check_monitor(monitor, scores):
     if monitor in scores: return
     raise TrainingError(f'There is no validation score {monitor!r}{nearest(monitor, scores)}')
 
+# %% ../../nbs/420_training.trainer.ipynb #f6b264bd
 def _shared_fabric(device, precision, place):
-    "Fabric for processes that average their gradients, in buckets that stay the same, as the order of a sum decides its bits"
+    "Fabric for processes that average their gradients, always packed alike: the order of a sum decides its bits"
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments import LightningEnvironment
     from lightning_fabric.strategies import DDPStrategy
-    strategy = DDPStrategy(cluster_environment=LightningEnvironment(), find_unused_parameters=True, broadcast_buffers=False)
+    environment = LightningEnvironment()
+    strategy = DDPStrategy(cluster_environment=environment, find_unused_parameters=True, broadcast_buffers=False)
     fabric = Fabric(accelerator=device, strategy=strategy, devices=place.devices, num_nodes=place.world//place.devices,
                     precision=precision)
     fabric.launch()
@@ -135,6 +137,12 @@ def _fabric(device, precision, place=Place()):
     logging.getLogger('lightning_fabric').setLevel(logging.WARNING)
     if place.world > 1: return _shared_fabric(device, precision, place)
     return Fabric(accelerator=device, devices=1, precision=precision)
+
+def _shared_loaders(place, *loaders):
+    "The loaders, each with the part of this process"
+    if place.world > 1:
+        for loader in loaders: loader.set_share(place.rank, place.world)
+    return loaders
 
 # %% ../../nbs/420_training.trainer.ipynb #426054f5
 class Trainer:
@@ -156,17 +164,11 @@ class Trainer:
         optimizer = make_optimizer(self.net, config.optimizer, config.lr, config.weight_decay, config.layer_decay)
         self.model,self.optimizer = self.fabric.setup(self.net, optimizer)
         self.ema = ModelEmaV3(self.net, config.ema, use_warmup=True) if config.ema else None
-        self.train_loader,self.val_loader = self.shared(*task.loaders())
+        self.train_loader,self.val_loader = _shared_loaders(place, *task.loaders())
         self.steps = math.ceil(len(self.train_loader)/config.accumulate)    # optimizer steps per epoch
         self.schedule = make_schedule(optimizer, config.schedule, config.epochs*self.steps, config.warmup)
         self.recent = deque(maxlen=config.norm_batches)     # batches of this epoch, see `Trainer.measure_norms`
         self.history,self.best,self.done,self.seconds = [],{},False,{}
-
-    def shared(self, *loaders):
-        "The loaders, each with the part of this process"
-        if self.place.world > 1:
-            for loader in loaders: loader.set_share(self.place.rank, self.place.world)
-        return loaders
 
 # %% ../../nbs/420_training.trainer.ipynb #4f665f9f
 @patch(as_prop=True)
@@ -468,8 +470,8 @@ def restore(self:Trainer,
 def _check_processes(self:Trainer, begun:int):
     "A `TrainingError` if a training was begun with another number of processes"
     if begun == self.processes: return
-    raise TrainingError(f'The training in {self.folder.name} was begun with {plural(begun, "process")} and cannot be resumed '
-                        f'with {self.processes}, which would change its result; give devices as before, '
+    raise TrainingError(f'The training in {self.folder.name} was begun with {plural(begun, "process")} and cannot '
+                        f'be resumed with {self.processes}, which would change its result; give devices as before, '
                         'or choose another folder.')
 
 @patch
@@ -477,7 +479,8 @@ def _check_start(self:Trainer):
     "A `TrainingError` unless all processes that the settings name are here, and are at the same epoch"
     if self.done: return
     if self.place.world != self.processes:
-        raise TrainingError(f'The settings name {plural(self.processes, "process")}, and {self.place.world} would train.')
+        raise TrainingError(f'The settings name {plural(self.processes, "process")}, and {self.place.world} would '
+                            'train; start the training with `train`.')
     epochs = len(self.history)
     if self.summed(epochs) != epochs*self.place.world:
         raise TrainingError(f'The processes do not find the same checkpoints in {self.folder.name}; '
