@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['passes', 'note', 'image_refusal', 'class_part', 'set_part', 'as_patient', 'outlier_part', 'Asked', 'why_not',
-           'uncertainty_part', 'overlay_part', 'image_answer', 'image_answers', 'model_part', 'frame_part',
+           'uncertainty_part', 'colored', 'overlay_part', 'image_answer', 'image_answers', 'model_part', 'frame_part',
            'error_part', 'patient_answers', 'ErrorBody', 'ErrorAnswer', 'OutlierPart', 'ModelPart', 'ClassPart',
            'AnswerFrame', 'ImageAnswer', 'PatientPart', 'PatientAnswer', 'PatientError', 'BatchAnswer']
 
@@ -109,7 +109,21 @@ def uncertainty_part(
     spread = apply_calibration(logits, bundle.spec['calibration']).std(0)
     return {c: float(v) for c, v in zip(bundle.classes, spread)}
 
-# %% ../../nbs/965_serving.answers.ipynb #8c68d4d8
+# %% ../../nbs/965_serving.answers.ipynb #0bd452a6
+def colored(
+    image,      # (S, S, 3) uint8
+    heat,       # (h, w), 0 or more
+)->np.ndarray:  # (S, S, 3) uint8
+    "The same picture as `overlay` of the chapter on heat maps, without Matplotlib"
+    import cv2
+    from strip_notebooks.explain.pictures import heat_share
+    share = heat_share(heat, len(image))
+    level = np.minimum(256*share, 255).astype(np.uint8)
+    color = cv2.applyColorMap(level, cv2.COLORMAP_VIRIDIS)[..., ::-1]
+    alpha = .6*share[..., None]
+    return np.round((1 - alpha)*image + alpha*color).astype(np.uint8)
+
+# %% ../../nbs/965_serving.answers.ipynb #816b58ff
 def overlay_part(
     maps,           # (D, h, w) last feature map of one image
     pixels,         # (S, S, 3) uint8, the same image
@@ -118,9 +132,8 @@ def overlay_part(
 )->str:             # PNG in base64
     "The image under what speaks for a class"
     import cv2
-    from strip_notebooks.explain.pictures import overlay
     heat = np.maximum(class_maps(np.asarray(maps)[None], bundle.head, [number])[0], 0)
-    _, data = cv2.imencode('.png', overlay(pixels, heat)[..., ::-1])
+    _, data = cv2.imencode('.png', colored(pixels, heat)[..., ::-1])
     return base64.b64encode(data.tobytes()).decode()
 
 # %% ../../nbs/965_serving.answers.ipynb #da4dd7df
@@ -230,7 +243,7 @@ class ModelPart(BaseModel):
     arch:str = Field(description='Architecture')
     runtime:str = Field(description='What computes it')
 
-# %% ../../nbs/965_serving.answers.ipynb #7ff72c7a
+# %% ../../nbs/965_serving.answers.ipynb #9c12a3b2
 class ClassPart(BaseModel):
     "The class and its probabilities"
     predicted_class:int = Field(description='Number of the class, from 0, in the order of the probabilities')
@@ -247,7 +260,7 @@ class AnswerFrame(BaseModel):
 
 _about_set = ("One class, or 'abstain' where the set is not one class; null where the model has no prediction sets")
 
-class ImageAnswer(ClassPart, AnswerFrame):
+class ImageAnswer(AnswerFrame, ClassPart):
     "What the model says about one image"
     prediction_set:list[str]|str|None = Field(description=_about_set)
     outlier:OutlierPart|None = Field(description='Null where the model has no limit for outliers')

@@ -8,7 +8,7 @@ __all__ = ['FormUncertainty', 'FormExplain', 'AskUncertainty', 'AskExplain', 'He
            'asked_for', 'answer_all', 'predict', 'check_batch', 'batch_predict', 'batch_answer', 'health', 'ready',
            'model', 'reload', 'metrics', 'page', 'add_addresses', 'create_app']
 
-# %% ../../nbs/969_serving.app.ipynb #a391effb
+# %% ../../nbs/969_serving.app.ipynb #77b39a44
 import asyncio, time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Annotated
 
 from fastapi import Depends, FastAPI, File, Form, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from fastapi.security import APIKeyHeader
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
@@ -251,7 +251,7 @@ async def model(
     can = {name: not reason for name, reason in served.missing.items()}
     return dict(served.card, served=dict(model_part(served.bundle), **can))
 
-# %% ../../nbs/969_serving.app.ipynb #cc984e69
+# %% ../../nbs/969_serving.app.ipynb #d0224310
 async def reload(
     request:Request,    # The request
 ):
@@ -276,9 +276,10 @@ async def metrics(
 
 async def page(
     request:Request,    # The request
-)->HTMLResponse:
-    "A page on which images can be dropped"
-    return HTMLResponse(desk_of(request).page)
+)->Response:
+    "A page on which images can be dropped; without one, the documentation"
+    found = desk_of(request).page
+    return HTMLResponse(found) if found else RedirectResponse('/docs')
 
 # %% ../../nbs/969_serving.app.ipynb #243425ef
 _key = Depends(APIKeyHeader(name='X-API-Key', auto_error=False, description='Where the server was started with keys'))
