@@ -8,7 +8,7 @@ __all__ = ['passes', 'note', 'image_refusal', 'class_part', 'set_part', 'as_pati
            'error_part', 'patient_answers', 'ErrorBody', 'ErrorAnswer', 'OutlierPart', 'ModelPart', 'ClassPart',
            'AnswerFrame', 'ImageAnswer', 'PatientPart', 'PatientAnswer', 'PatientError', 'BatchAnswer']
 
-# %% ../../nbs/965_serving.answers.ipynb #c6cb48f5
+# %% ../../nbs/965_serving.answers.ipynb #c6c81385
 import base64
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ from ..operating import class_at, predicted_class
 from ..predictions import aggregate_patients, make_predictions, significant
 from .access import Refusal
 from ..uncertainty.conformal import conformal_sets
-from ..uncertainty.outliers import outlier_scores
+from ..uncertainty.outliers import PixelPredictions, predict_pixels
 
 # %% ../../nbs/965_serving.answers.ipynb #58334759
 _codes = dict(too_large='too_large', not_an_image='unsupported', unsupported='unsupported')    # else unreadable
@@ -64,16 +64,16 @@ def as_patient(
     top = p == np.max(p)
     return significant(top/top.sum() if how == 'vote' else p)
 
-# %% ../../nbs/965_serving.answers.ipynb #c42aacbe
+# %% ../../nbs/965_serving.answers.ipynb #6893052f
 def outlier_part(
-    features,       # (D,) of one image, or None where the network shows none
-    bundle:Bundle,  # The model
-):                  # flag, score and limit, or None
+    found:PixelPredictions, # From `predict_pixels`
+    k:int,                  # Which image of it
+    bundle:Bundle,          # The model
+):                          # flag, score and limit, or None where outliers are not looked for
     "Whether an image is unlike the training images"
-    about = bundle.spec['outliers']
-    if not about or about['layer'] or features is None: return None
-    score = float(outlier_scores(np.asarray(features)[None], bundle.arrays)[0])
-    return dict(flag=score > about['threshold'], score=score, limit=about['threshold'])
+    if found.distances is None: return None
+    limit = bundle.spec['outliers']['threshold']
+    return dict(flag=bool(found.outliers[k]), score=float(found.distances[k]*limit), limit=limit)
 
 # %% ../../nbs/965_serving.answers.ipynb #0f1c4c21
 @dataclass(frozen=True)
@@ -136,32 +136,31 @@ def overlay_part(
     _, data = cv2.imencode('.png', colored(pixels, heat)[..., ::-1])
     return base64.b64encode(data.tobytes()).decode()
 
-# %% ../../nbs/965_serving.answers.ipynb #da4dd7df
+# %% ../../nbs/965_serving.answers.ipynb #1fb58365
 def image_answer(
-    bundle:Bundle,      # The model
-    outputs:dict,       # From `bundle.outputs`, of one image
-    pixels,             # (S, S, 3) uint8, the same image
-    asked:Asked=Asked(),# What is asked beside the usual
+    bundle:Bundle,          # The model
+    found:PixelPredictions, # From `predict_pixels`
+    k:int,                  # Which image of it
+    pixels,                 # (S, S, 3) uint8, the same image
+    asked:Asked=Asked(),    # What is asked beside the usual
 )->dict:
     "What a model says about one image"
-    p = apply_calibration(outputs['logits'], bundle.spec['calibration'])[0]
-    features = outputs['features'][0] if 'features' in outputs else None
+    p, out = found.probabilities[k], found.outputs
     part = class_part(p, bundle)
-    spread = uncertainty_part(features, bundle) if asked.uncertainty else None
-    heat = overlay_part(outputs['maps'][0], pixels, part['predicted_class'], bundle) if asked.explain else None
+    spread = uncertainty_part(out['features'][k], bundle) if asked.uncertainty else None
+    heat = overlay_part(out['maps'][k], pixels, part['predicted_class'], bundle) if asked.explain else None
     return dict(part, prediction_set=set_part(as_patient(p, bundle.how), bundle),
-                outlier=outlier_part(features, bundle), uncertainty=spread, overlay=heat)
+                outlier=outlier_part(found, k, bundle), uncertainty=spread, overlay=heat)
 
-# %% ../../nbs/965_serving.answers.ipynb #88d15411
+# %% ../../nbs/965_serving.answers.ipynb #81b84c9a
 def image_answers(
     bundle:Bundle,  # The model
     pixels,         # (N, S, S, 3) uint8
     asked,          # N objects `Asked`
 )->list:            # N dicts
     "What a model says about some images, from one pass of the network"
-    out = bundle.outputs(np.asarray(pixels), len(pixels))
-    rows = [{name: a[k:k + 1] for name, a in out.items()} for k in range(len(pixels))]
-    return [image_answer(bundle, *parts) for parts in zip(rows, pixels, asked)]
+    found = predict_pixels(bundle, np.asarray(pixels), len(pixels))
+    return [image_answer(bundle, found, k, *parts) for k, parts in enumerate(zip(pixels, asked))]
 
 # %% ../../nbs/965_serving.answers.ipynb #fed4b795
 note = 'research use only'      # In every answer
