@@ -51,7 +51,7 @@ def body_deadline(
 refusals = dict(
     bad_request=400, no_key=401, wrong_key=401, closed=403, host=403, origin=403, not_found=404, method=405,
     too_slow=408, too_large=413, too_many_files=413, unreadable=422, invalid=422, unsupported=422,
-    busy=429, rate=429, internal=500, not_ready=503, deadline=504)
+    busy=429, rate=429, internal=500, not_ready=503, deadline=408)
 
 class Refusal(StripError):
     "A request is refused: `code` is a key of `refusals`, `status` its HTTP status"

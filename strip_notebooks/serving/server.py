@@ -42,7 +42,7 @@ def check_key(
     raise StripError(f'{host} is reached from other machines, so the server needs a key: set {key_variable}, or give '
                      '--key-file; `python -c "import secrets; print(secrets.token_urlsafe(32))"` prints a new one.')
 
-# %% ../../nbs/970_serving.server.ipynb #9f497df1
+# %% ../../nbs/970_serving.server.ipynb #dde661af
 _bind_faults = {errno.EADDRINUSE: 'is in use; stop what uses it, or take another with --port',
                 errno.EACCES: 'needs more rights; take one above 1023 with --port',
                 errno.EADDRNOTAVAIL: 'cannot be opened, as the address is not one of this machine; see --host'}
@@ -56,7 +56,7 @@ def open_port(
     try: family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror:
         raise StripError(f'The host {host!r} is unknown; give an address such as 127.0.0.1.') from None
-    found = socket.socket(family)
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)     # named, or answers wait 40 ms
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try: found.bind(address)
     except OSError as e:
@@ -159,7 +159,7 @@ async def reload(self:ClotServer)->None:
     except StripError as e: self.log.error('not reloaded, so the old model keeps answering: %s', e)
     else: self.log.info('%s: %s', 'another model answers' if changed else 'the same model', service.served.bundle)
 
-# %% ../../nbs/970_serving.server.ipynb #7f236b36
+# %% ../../nbs/970_serving.server.ipynb #0e03d59c
 @dataclass(frozen=True)
 class ServerSettings:
     "Where a server listens, and for whom"
@@ -176,6 +176,7 @@ class ServerSettings:
         hosts = (*local_hosts, self.host.lower()) if is_local(self.host) else ()
         return Access(self.keys, self.metrics_keys, hosts)
 
+# %% ../../nbs/970_serving.server.ipynb #8f828908
 def make_server(
     service:ServiceSettings,    # How it works
     settings:ServerSettings,    # Where it listens, and for whom
