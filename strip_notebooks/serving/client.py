@@ -294,7 +294,7 @@ def _folder_table(folder, classes, patient):
     table = find_images(folder, classes, patient)
     return table.assign(message=[message(row) for row in table.itertuples()])
 
-# %% ../../nbs/972_serving.client.ipynb #7948b4d0
+# %% ../../nbs/972_serving.client.ipynb #618f808f
 def _set_text(found):
     "A prediction set in words; a set of several classes as 'CE or LAA'"
     return found if isinstance(found, str) else ' or '.join(found) or 'no class'
@@ -306,7 +306,9 @@ def result_row(
     row = {f'p_{name}': p for name, p in sorted(found['probabilities'].items())}
     row['predicted'] = found['class_name']
     if found.get('prediction_set') is not None: row['prediction_set'] = _set_text(found['prediction_set'])
-    if found.get('outlier') is not None: row['outlier'] = 'yes' if found['outlier']['flag'] else 'no'
+    strange = found.get('outlier')                              # of an image a dict with its score
+    if isinstance(strange, dict): strange = strange['flag']
+    if strange is not None: row['outlier'] = 'yes' if strange else 'no'
     return row
 
 # %% ../../nbs/972_serving.client.ipynb #b89c5b21
