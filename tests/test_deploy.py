@@ -1,0 +1,188 @@
+"The files of deploy/: the image's requirements, its steps run in a clean environment, manifests, metrics, rules and dashboard"
+import configparser, json, os, re, shlex, shutil, subprocess, sys
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from conftest import ROOT
+
+DEPLOY = ROOT/'deploy'
+NOT_SERVED = {'torch', 'torchvision', 'timm', 'lightning-fabric', 'onnx', 'onnxscript', 'jupyterlab', 'ipykernel', 'ipywidgets', 'nbdev', 'nbconvert', 'papermill', 'matplotlib',
+              'scikit-learn', 'albumentations', 'optuna', 'openvino', 'distributed'}
+
+def program(name):
+    "The path of a program beside Python or on the PATH; skips the test where it is absent"
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return found or pytest.skip(f'{name} is not installed here')
+
+def succeeds(*words, **kwargs):
+    "What a command prints; fails with its words if it fails"
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout + done.stderr
+
+def documents(path): return [d for d in yaml.safe_load_all(path.read_text(encoding='utf-8')) if d]
+
+# --- what the image holds
+
+def locked(path):
+    "{name: {(version, marker)}} of a requirements file"
+    found = {}
+    for line in path.read_text().replace('\\\n', ' ').splitlines():
+        if not line.strip() or line.startswith('#'): continue
+        requirement = Requirement(line.split(' --hash')[0].strip())
+        found.setdefault(canonicalize_name(requirement.name), set()).add((str(requirement.specifier), str(requirement.marker or '')))
+    return found
+
+@pytest.fixture(scope='module')
+def lock(): return locked(DEPLOY/'requirements.txt')
+
+@pytest.fixture(scope='module')
+def settings():
+    config = configparser.ConfigParser(delimiters=['='])
+    config.read(ROOT/'settings.ini')
+    return config['DEFAULT']
+
+def test_the_lock_has_the_versions_of_the_constraints(lock):
+    "A package may have several versions, one for each version of Python; a marker may name fewer systems"
+    everywhere = locked(ROOT/'constraints.txt')
+    for name, versions in lock.items():
+        assert {v for v, _ in versions} <= {v for v, _ in everywhere[name]}, f'{name}: run make lock-serving'
+    text = (DEPLOY/'requirements.txt').read_text()
+    assert 'http' not in text
+    for block in text.replace('\\\n', ' ').splitlines(): assert '--hash=sha256:' in block, block[:80]
+
+def closure(names):
+    "The names of all that `names` require here, from the metadata of what is installed"
+    found, new = set(), {canonicalize_name(n) for n in names}
+    while new:
+        found |= new
+        needed = [Requirement(r) for name in new for r in requires(name) or []]
+        new = {canonicalize_name(r.name) for r in needed if not r.marker or r.marker.evaluate({'extra': ''})} - found
+    return found
+
+def test_the_lock_is_what_serving_requires(lock, settings):
+    "The names in settings.ini, what they require, and nothing else; their bounds are those of the whole workspace"
+    names = settings['serving_requirements'].split()
+    bounds = {canonicalize_name(r.name): r.specifier for r in map(Requirement, settings['requirements'].split())}
+    assert {canonicalize_name(n) for n in names} <= set(bounds) and names == [re.split('[<=>]', n)[0] for n in names]
+    for name, versions in lock.items():
+        assert all(v.removeprefix('==') in bounds.get(name, Requirement(name).specifier) for v, _ in versions), name
+    needed = closure(names)
+    assert needed <= set(lock), f'missing: {needed - set(lock)}; run make lock-serving'
+    for name in set(lock) - needed: assert all(marker for _, marker in lock[name]), f'{name} is locked, and nothing requires it; run make lock-serving'
+
+def test_the_lock_holds_nothing_of_training_or_notebooks(lock):
+    assert not NOT_SERVED & set(lock)
+    assert not [name for name in lock if re.match('nvidia|cuda|jupyter|ipy|nb|notebook', name)]
+
+def steps(stage=0):
+    "The instructions of a stage of the Dockerfile, as (word, rest)"
+    text = re.sub(r'^#.*\n', '', (DEPLOY/'Dockerfile').read_text(), flags=re.MULTILINE).replace('\\\n', ' ')
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
+    starts = [i for i, (word, _) in enumerate(lines) if word == 'FROM'] + [None]
+    return lines[starts[stage]:starts[stage + 1]]
+
+def test_hadolint_has_no_remark():
+    assert succeeds(program('hadolint'), *sorted(DEPLOY.glob('*Dockerfile'))) == ''
+
+def test_hadolint_would_remark():
+    "The check can fail: an image without version"
+    done = subprocess.run([program('hadolint'), '-'], input='FROM python\nRUN pip install numpy\n', capture_output=True, text=True)
+    assert done.returncode and 'DL3006' in done.stdout
+
+def test_the_image_runs_as_nobody_in_particular():
+    last = steps(1)
+    words = {word: rest for word, rest in last}
+    assert re.fullmatch(r'[1-9]\d+:[1-9]\d+', words['USER'])
+    assert json.loads(words['ENTRYPOINT']) == ['clot'] and json.loads(words['CMD'])[0] == 'serve'
+    assert '/health' in words['HEALTHCHECK'] and all(word in ('FROM', 'RUN', 'COPY', 'ENV', 'WORKDIR', 'VOLUME', 'USER', 'EXPOSE', 'HEALTHCHECK', 'ENTRYPOINT', 'CMD') for word, _ in last)
+    assert not re.search('torch|jupyter', ' '.join(' '.join(s) for s in steps(0) + last))
+
+def images():
+    "Every image that is named in deploy/, with its file"
+    for path in DEPLOY.rglob('*'):
+        if path.suffix not in ('.yaml', '.yml') and 'Dockerfile' not in path.name: continue
+        for name in re.findall(r'^\s*(?:image:|ARG (?:PYTHON|SERVER)=)\s*(\S+)', path.read_text(), flags=re.MULTILINE): yield path.name, name
+
+def test_images_have_versions():
+    found = dict(images())
+    assert len(found) >= 4
+    for path, name in images():
+        if (path, name) == ('deployment.yaml', 'clot-model'): continue      # kustomization.yaml has its version
+        assert re.search(r'(?:^|:)v?\d+\.\d+\.\d+', name) and 'latest' not in name, f'{path}: {name}'
+    kustomization, = documents(DEPLOY/'kubernetes'/'kustomization.yaml')
+    assert re.fullmatch(r'\d+\.\d+\.\d+', kustomization['images'][0]['newTag'])
+
+def test_only_what_is_copied_is_sent_to_the_builder():
+    "And everything that is copied"
+    lines = [l for l in (ROOT/'.dockerignore').read_text().splitlines() if l and not l.startswith('#')]
+    allowed = {l.removeprefix('!') for l in lines if l.startswith('!')}
+    copied = {source for word, rest in steps(0) if word == 'COPY' for source in rest.split()[:-1]}
+    assert lines[0] == '*' and allowed == copied and all((ROOT/c).exists() for c in copied)
+
+def test_nothing_secret_is_in_git():
+    "Keys are empty in the example, and the file that holds them is ignored"
+    example = dict(l.split('=', 1) for l in (DEPLOY/'.env.example').read_text().splitlines() if l and not l.startswith('#'))
+    assert {n for n in example if re.search('KEY|PASSWORD', n)} == {n for n, value in example.items() if not value} - {'BUNDLE'}
+    compose = (DEPLOY/'compose.yaml').read_text()
+    for name in re.findall(r'\$\{(\w+)', compose): assert name in example, name
+    assert '.env' in (DEPLOY/'.gitignore').read_text().split()
+    secret, = documents(DEPLOY/'kubernetes'/'secret.example.yaml')
+    assert all(value.startswith('REPLACE') for value in secret['stringData'].values())
+
+# --- compose and Kubernetes
+
+def test_compose_is_valid():
+    succeeds(program('check-jsonschema'), '--builtin-schema', 'vendor.compose-spec', DEPLOY/'compose.yaml')
+
+def test_what_compose_mounts_exists():
+    services = documents(DEPLOY/'compose.yaml')[0]['services']
+    assert set(services) == {'api', 'prometheus', 'grafana'}
+    for service in services.values():
+        assert all(port.startswith('127.0.0.1:') for port in service['ports']) and service['cap_drop'] == ['ALL'] and service['mem_limit']
+        for mount in service['volumes']:
+            if mount.startswith('./'): assert (DEPLOY/mount.split(':')[0]).exists() and mount.endswith(':ro'), mount
+    assert services['api']['read_only'] is True
+
+def manifests():
+    "All of them by kind"
+    return {d['kind']: d for p in sorted((DEPLOY/'kubernetes').glob('*.yaml')) if p.name != 'kustomization.yaml' for d in documents(p)}
+
+def test_manifests_are_valid():
+    found = sorted(p for p in (DEPLOY/'kubernetes').glob('*.yaml') if p.name != 'kustomization.yaml')
+    assert succeeds(program('kubernetes-validate'), '--strict', *found).count(' passed ') == len(found) == len(manifests())
+
+def test_a_wrong_manifest_would_be_found(tmp_path):
+    text = (DEPLOY/'kubernetes'/'deployment.yaml').read_text()
+    (tmp_path/'wrong.yaml').write_text(text.replace('readinessProbe', 'readynessProbe'))
+    done = subprocess.run([program('kubernetes-validate'), '--strict', tmp_path/'wrong.yaml'], capture_output=True, text=True)
+    assert done.returncode and 'readynessProbe' in done.stdout + done.stderr
+
+def test_kustomize_puts_them_together():
+    text = succeeds(program('kubectl'), 'kustomize', DEPLOY/'kubernetes')
+    assert {d['kind'] for d in yaml.safe_load_all(text)} == set(manifests()) - {'Secret'}
+
+def test_manifests_agree_with_each_other_and_with_the_image():
+    found = manifests()
+    pod = found['Deployment']['spec']['template']
+    container, = pod['spec']['containers']
+    labels = pod['metadata']['labels']
+    for selector in (found['Deployment']['spec']['selector']['matchLabels'], found['Service']['spec']['selector'], found['PodDisruptionBudget']['spec']['selector']['matchLabels'],
+                     found['NetworkPolicy']['spec']['podSelector']['matchLabels']): assert selector.items() <= labels.items()
+    user = dict(steps(1))['USER']
+    security = pod['spec']['securityContext']
+    assert f"{security['runAsUser']}:{security['runAsGroup']}" == user and security['runAsNonRoot'] and security['seccompProfile']
+    own = container['securityContext']
+    assert own['readOnlyRootFilesystem'] and not own['allowPrivilegeEscalation'] and own['capabilities'] == {'drop': ['ALL']}
+    assert container['resources']['limits']['memory'] and container['resources']['limits']['cpu']
+    assert {p['httpGet']['path'] for p in (container['livenessProbe'], container['readinessProbe'], container['startupProbe'])} == {'/health', '/ready'}
+    keys = {e['valueFrom']['secretKeyRef']['key'] for e in container['env']}
+    assert keys == set(found['Secret']['stringData']) and {e['valueFrom']['secretKeyRef']['name'] for e in container['env']} == {found['Secret']['metadata']['name']}
+    compose = documents(DEPLOY/'compose.yaml')[0]['services']['api']
+    assert {e['name'] for e in container['env']} == set(compose['environment'])
+    assert found['HorizontalPodAutoscaler']['spec']['scaleTargetRef']['name'] == found['Deployment']['metadata']['name']
