@@ -186,3 +186,88 @@ def test_manifests_agree_with_each_other_and_with_the_image():
     compose = documents(DEPLOY/'compose.yaml')[0]['services']['api']
     assert {e['name'] for e in container['env']} == set(compose['environment'])
     assert found['HorizontalPodAutoscaler']['spec']['scaleTargetRef']['name'] == found['Deployment']['metadata']['name']
+
+# --- the steps of the Dockerfile, in a clean environment
+
+@pytest.fixture(scope='module')
+def served_bundle(tmp_path_factory):
+    "An ONNX bundle with all that a bundle can have: calibration, prediction sets, a limit for outliers, dropout in its head"
+    import numpy as np, pandas as pd
+    from strip_notebooks.bundle import derive_bundle, load_bundle, outlier_file, parent_files, save_bundle, torch_parts
+    from strip_notebooks.data.preprocess import Preprocessing
+    from strip_notebooks.features.embedding import image_embeddings
+    from strip_notebooks.models import create_model
+    from strip_notebooks.optimize.export import export_bundle
+    from strip_notebooks.uncertainty.outliers import fit_limit
+    folder, rng = tmp_path_factory.mktemp('bundles'), np.random.default_rng(0)
+    def noise(n): return rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+    about = dict(classes=['CE', 'LAA'], positive='LAA', preprocessing=Preprocessing(32), prior=None, threshold=.5)
+    plain = load_bundle(save_bundle(folder/'plain', *torch_parts(create_model('simple_cnn', dropout=.2), 'simple_cnn', **about)))
+    seen = pd.DataFrame(dict(patient_id=[f'{k}' for k in range(90)], label=['CE', 'LAA']*45, split=['train', 'train', 'val']*30))
+    fit = fit_limit(image_embeddings(plain, noise(90)), seen, plain.classes)
+    changes = dict(outliers=fit.limit, conformal=dict(level=.9, limits=[1., .5], patients=[20, 20]), calibration=dict(platt=dict(slope=.5, shift=0.)))
+    full = derive_bundle(plain, folder/'full', {**parent_files(plain), outlier_file: fit.data}, **changes)
+    export_bundle(load_bundle(full), folder/'onnx', noise(8))
+    return folder/'onnx'
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    "A picture in every format that is written"
+    import numpy as np
+    from strip_notebooks.data.formats import write_image
+    folder, rng = tmp_path_factory.mktemp('in')/'pictures', np.random.default_rng(0)
+    for ending in ('.png', '.jpg', '.bmp', '.tif', '.npy', '.dcm', '.nii', '.nii.gz'):
+        write_image(folder/f'a{ending}', rng.integers(0, 256, (40, 50, 3)).astype(np.uint8))
+    return folder
+
+def plain_environment(**more):
+    "What a program finds in a container, and no more"
+    kept = {n: v for n, v in os.environ.items() if n.startswith('PIP_') or n.lower().endswith('_proxy') or n in ('HOME', 'TMPDIR', 'SSL_CERT_FILE')}
+    return {**kept, 'PATH': '/usr/local/bin:/usr/bin:/bin', 'STRIP_PROGRESS': 'none', 'OPENBLAS_NUM_THREADS': '1', **more}
+
+def copy_into(build, sources, target):
+    "What COPY does"
+    for source in sources:
+        if (ROOT/source).is_dir(): shutil.copytree(ROOT/source, build/target, ignore=shutil.ignore_patterns('__pycache__'))
+        else: shutil.copy(ROOT/source, build/target)
+
+@pytest.fixture(scope='module')
+def image(tmp_path_factory):
+    "The folder /opt/venv of the image: the instructions of its first stage, carried out in a folder"
+    base = tmp_path_factory.mktemp('image')
+    (base/'build').mkdir()
+    succeeds(sys.executable, '-m', 'venv', base/'python')
+    environment = plain_environment(PATH=f"{base/'python'/'bin'}:/usr/local/bin:/usr/bin:/bin")
+    first = (DEPLOY/'requirements.txt').read_text().split()[0]
+    reached = subprocess.run([base/'python'/'bin'/'pip', 'download', '-q', '--no-deps', '-d', base/'reached', first], env=environment, capture_output=True)
+    if reached.returncode: pytest.skip('no package index can be reached')
+    for word, rest in steps(0):
+        if word == 'COPY': copy_into(base/'build', rest.split()[:-1], rest.split()[-1])
+        if word == 'RUN': succeeds('bash', '-euc', rest.replace('/opt/venv', str(base/'venv')), cwd=base/'build', env=environment)
+    return base/'venv'
+
+@pytest.mark.slow
+def test_the_image_holds_no_torch(image, served_bundle):
+    done = subprocess.run([image/'bin'/'python', '-c', 'import torch'], capture_output=True, text=True, env=plain_environment())
+    assert done.returncode and "No module named 'torch'" in done.stderr
+    found = succeeds(image/'bin'/'python', '-c', "import importlib.metadata as m; print(*(d.metadata['Name'].lower() for d in m.distributions()))", env=plain_environment()).split()
+    assert not NOT_SERVED & {canonicalize_name(n) for n in found} and 'pip' not in found
+    assert set(map(canonicalize_name, found)) - {'strip-notebooks'} <= set(locked(DEPLOY/'requirements.txt'))
+    size = sum(p.lstat().st_size for p in image.rglob('*'))
+    assert size < 800e6, f'{size/1e6:.0f} MB'
+    refused = subprocess.run([image/'bin'/'clot', 'predict', served_bundle.parent/'full', '.'], capture_output=True, text=True, env=plain_environment())
+    assert refused.returncode == 2 and 'needs the package torch' in refused.stderr
+
+@pytest.mark.slow
+def test_predict_says_the_same_in_the_image(image, served_bundle, pictures, tmp_path):
+    "In every format; here by the same bundle in the whole workspace, and by its parent in PyTorch"
+    import numpy as np
+    from strip_notebooks.predict import predict_files
+    succeeds(image/'bin'/'clot', 'predict', served_bundle, pictures, '--out', 'there.csv', cwd=tmp_path, env=plain_environment())
+    import pandas as pd
+    there = pd.read_csv(tmp_path/'there.csv')
+    here, torch = (predict_files(folder, pictures).images for folder in (served_bundle, served_bundle.parent/'full'))
+    assert there.image_id.tolist() == here.image_id.tolist() and len(there) == 8
+    np.testing.assert_allclose(there[['p_CE', 'p_LAA']], here[['p_CE', 'p_LAA']], atol=1e-6)
+    np.testing.assert_allclose(there[['p_CE', 'p_LAA']], torch[['p_CE', 'p_LAA']], atol=1e-4)
+    assert there.outlier.tolist() == here.outlier.tolist() == torch.outlier.tolist()
