@@ -61,7 +61,7 @@ class Outliers(BaseModel):
 class Head(BaseModel):
     "What is known about the linear head of a network that is not PyTorch"
     model_config = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
-    dropout:float = Field(0., ge=0, lt=1)   # Share of features dropped before it in training, if that is all the dropout
+    dropout:float = Field(0., ge=0, lt=1)   # Share of features dropped before it in training, if it is all dropout
     pooled:bool = False                     # Whether the features are the mean of the map over the image
 
 head_file = 'head.safetensors'
@@ -116,7 +116,7 @@ class ClassifierSpec(BaseModel):
     conformal:Conformal|None = None                 # None gives no prediction sets
     outliers:Outliers|None = None                   # None finds no outliers
     head:Head|None = None                           # Of a runtime other than torch, if its head is linear
-    reference:Reference|None = None                 # Predictions for the training images, None if they are not known
+    reference:Reference|None = None                 # How its predictions are distributed, None if not known
     trained_on:dict = Field(default_factory=dict)   # Summary of the training
 
     @model_validator(mode='after')
@@ -317,13 +317,24 @@ def logits(self:TorchRuntime,
 register_runtime('torch', TorchRuntime)
 
 # %% ../nbs/310_bundle.ipynb #d1221575
+@patch(as_prop=True)
+def _show(self:TorchRuntime):
+    "What computes the outputs of the network: `network_outputs`, or its logits alone where that gives other ones"
+    import torch
+    if not hasattr(self, '_shows'):
+        size = self.preprocessing.size
+        x = self.batch(np.arange(3*size**2).reshape(1, size, size, 3).astype(np.uint8))
+        with torch.inference_mode(): both = network_outputs(self.model, x)['logits'], self.model(x)
+        self._shows = network_outputs if torch.equal(*both) else lambda model, batch: dict(logits=model(batch))
+    return self._shows
+
 @patch
 def outputs(self:TorchRuntime,
     batch,  # From `batch`
 )->dict:    # Name -> NumPy array: logits, and where the network shows them features and maps
     "What the network computes in one pass"
     import torch
-    with torch.inference_mode(): found = network_outputs(self.model, batch)
+    with torch.inference_mode(): found = self._show(self.model, batch)
     return {name: value.float().cpu().numpy() for name, value in found.items()}
 
 @patch(as_prop=True)

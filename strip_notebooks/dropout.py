@@ -36,7 +36,7 @@ _functions = ['dropout', 'dropout1d', 'dropout2d', 'dropout3d']
 
 @contextmanager
 def replaced_dropout(
-    masked,     # Called with x, p and `whole`, which is True where channels are dropped; x is multiplied with the result
+    masked,     # Function of x, p and `whole` (True where channels are dropped): what x is multiplied with
 ):              # Nothing; for `with`
     "Within it, dropout in training multiplies its input with what `masked` returns"
     import torch.nn.functional as F

@@ -9,6 +9,7 @@ __all__ = ['onnx_file', 'onnx_session', 'check_outputs', 'OnnxRuntime']
 import os
 
 import numpy as np
+from fastcore.basics import patch
 
 from .bundle import BundleError, load_head, register_runtime, spec_preprocessing
 from .core import listing
@@ -26,7 +27,7 @@ def onnx_session(
     data:bytes,             # An ONNX file
     device:str='cpu',       # 'cpu', or 'cuda' with the package onnxruntime-gpu
     threads:int|None=None,  # Threads of one call; None asks the machine
-):                          # An `onnxruntime.InferenceSession`, which may be called from several threads
+):                          # An `onnxruntime.InferenceSession`, for one or several threads at once
     "Load a network; a `BundleError` if it is none, or for a device that is not there"
     import onnxruntime as ort
     providers = dict(cpu=['CPUExecutionProvider'], cuda=['CUDAExecutionProvider', 'CPUExecutionProvider'])
@@ -84,17 +85,20 @@ class OnnxRuntime:
         "Pixels as the network takes them"
         return np.ascontiguousarray(pixels)
 
-    def logits(self,
-        batch,  # From `batch`
-    ):          # (N, C), float32
-        "The logits of a batch"
-        return self.session.run(['logits'], dict(image=batch))[0]
+# %% ../nbs/317_onnx_runtime.ipynb #fa4213a9
+@patch
+def logits(self:OnnxRuntime,
+    batch,  # From `batch`
+):          # (N, C), float32
+    "The logits of a batch"
+    return self.session.run(['logits'], dict(image=batch))[0]
 
-    def outputs(self,
-        batch,  # From `batch`
-    )->dict:    # Name -> NumPy array: logits, and where the network has them features and maps
-        "What the network computes in one pass"
-        return dict(zip(self.names, self.session.run(self.names, dict(image=batch))))
+@patch
+def outputs(self:OnnxRuntime,
+    batch,  # From `batch`
+)->dict:    # Name -> NumPy array: logits, and where the network has them features and maps
+    "What the network computes in one pass"
+    return dict(zip(self.names, self.session.run(self.names, dict(image=batch))))
 
 # %% ../nbs/317_onnx_runtime.ipynb #2bb8d276
 register_runtime('onnx', OnnxRuntime)

@@ -46,7 +46,8 @@ def pixel_network(
 
         def forward(self, image):
             x = (image.permute(0, 3, 1, 2).float() - self.shift)*self.scale
-            found = network_outputs(self.network, x.clamp(0, 1) if self.clip else x)
+            x = x.clamp(0, 1) if self.clip else x
+            found = network_outputs(self.network, x) if len(names) > 1 else dict(logits=self.network(x))
             return tuple(found[name] for name in names)
     return PixelNetwork().eval()
 
@@ -55,9 +56,10 @@ def _without_notes(model):
     "An ONNX model without the exporter's notes about source code and paths"
     model.ClearField('metadata_props')
     for graph in [model.graph, *model.functions]:
-        for part in [graph, *graph.node, *getattr(graph, 'input', []), *getattr(graph, 'output', []), *graph.value_info]:
-            if hasattr(part, 'metadata_props'): part.ClearField('metadata_props')
-            if hasattr(part, 'doc_string'): part.ClearField('doc_string')
+        ends = [part for name in ('input', 'output') for part in getattr(graph, name) if hasattr(part, 'doc_string')]
+        for part in [graph, *graph.node, *graph.value_info, *ends]:
+            part.ClearField('metadata_props')
+            part.ClearField('doc_string')
     return model
 
 def _reason(error):
