@@ -201,7 +201,7 @@ def served_bundle(tmp_path_factory):
     from strip_notebooks.uncertainty.outliers import fit_limit
     folder, rng = tmp_path_factory.mktemp('bundles'), np.random.default_rng(0)
     def noise(n): return rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-    about = dict(classes=['CE', 'LAA'], positive='LAA', preprocessing=Preprocessing(32), prior=None, threshold=.5)
+    about = dict(classes=['CE', 'LAA'], positive='LAA', preprocessing=Preprocessing(32), prior=None, threshold=.5, dropout=.2)
     plain = load_bundle(save_bundle(folder/'plain', *torch_parts(create_model('simple_cnn', dropout=.2), 'simple_cnn', **about)))
     seen = pd.DataFrame(dict(patient_id=[f'{k}' for k in range(90)], label=['CE', 'LAA']*45, split=['train', 'train', 'val']*30))
     fit = fit_limit(image_embeddings(plain, noise(90)), seen, plain.classes)
@@ -231,12 +231,18 @@ def copy_into(build, sources, target):
         if (ROOT/source).is_dir(): shutil.copytree(ROOT/source, build/target, ignore=shutil.ignore_patterns('__pycache__'))
         else: shutil.copy(ROOT/source, build/target)
 
+def base_python():
+    "A Python of this version that every user can run, if there is one, as that of the image"
+    found = shutil.which(f'python{sys.version_info.major}.{sys.version_info.minor}', path='/usr/local/bin:/usr/bin')
+    usable = found and not subprocess.run([found, '-c', 'import ensurepip, venv'], capture_output=True).returncode
+    return found if usable else sys.executable
+
 @pytest.fixture(scope='module')
 def image(tmp_path_factory):
     "The folder /opt/venv of the image: the instructions of its first stage, carried out in a folder"
     base = tmp_path_factory.mktemp('image')
     (base/'build').mkdir()
-    succeeds(sys.executable, '-m', 'venv', base/'python')
+    succeeds(base_python(), '-m', 'venv', base/'python')
     environment = plain_environment(PATH=f"{base/'python'/'bin'}:/usr/local/bin:/usr/bin:/bin")
     first = (DEPLOY/'requirements.txt').read_text().split()[0]
     reached = subprocess.run([base/'python'/'bin'/'pip', 'download', '-q', '--no-deps', '-d', base/'reached', first], env=environment, capture_output=True)
@@ -271,3 +277,72 @@ def test_predict_says_the_same_in_the_image(image, served_bundle, pictures, tmp_
     np.testing.assert_allclose(there[['p_CE', 'p_LAA']], here[['p_CE', 'p_LAA']], atol=1e-6)
     np.testing.assert_allclose(there[['p_CE', 'p_LAA']], torch[['p_CE', 'p_LAA']], atol=1e-4)
     assert there.outlier.tolist() == here.outlier.tolist() == torch.outlier.tolist()
+
+INSIDE = """
+import json, os, signal, subprocess, sys, time, urllib.error, urllib.request
+base, key = 'http://127.0.0.1:5000', os.environ['STRIP_API_KEY']
+server = subprocess.Popen(['python', '/mnt/venv/bin/clot', *json.loads(os.environ['WORDS'])])
+
+def ask(path, data=None, **headers):
+    try:
+        with urllib.request.urlopen(urllib.request.Request(base + path, data, headers), timeout=60) as r: return r.status, r.read().decode()
+    except urllib.error.HTTPError as e: return e.code, e.read().decode()
+    except OSError as e: return 0, str(e)
+
+def predict(name):
+    head = f'--x\\r\\nContent-Disposition: form-data; name="file"; filename="{name}"\\r\\n\\r\\n'
+    body = head.encode() + open(f'/mnt/in/{name}', 'rb').read() + b'\\r\\n--x--\\r\\n'
+    return ask('/predict?uncertainty=true', body, **{'X-API-Key': key, 'Content-Type': 'multipart/form-data; boundary=x'})
+
+end = time.monotonic() + 60
+while ask('/ready')[0] != 200 and time.monotonic() < end and server.poll() is None: time.sleep(.1)
+found = dict(answers={name: predict(name) for name in sorted(os.listdir('/mnt/in'))}, health=ask('/health'), page=ask('/')[0], docs=ask('/docs')[0],
+             without_key=ask('/model')[0], model=ask('/model', **{'X-API-Key': key})[0], metrics=ask('/metrics', **{'X-API-Key': os.environ['STRIP_METRICS_KEY']})[0])
+try: open('/written', 'w')
+except OSError as e: found['root'] = e.strerror
+found['user'] = os.getuid()
+server.send_signal(signal.SIGTERM)
+found['code'] = server.wait(60)
+print(json.dumps(found))
+"""
+
+# User, read-only root, empty /tmp, no capability, no network but loopback: as the manifests have it
+CONTAINER = """
+mount -t tmpfs tmpfs /mnt
+mkdir /mnt/venv /mnt/bundle /mnt/in
+mount --bind "$1" /mnt/venv
+mount --bind "$2" /mnt/bundle
+mount --bind "$3" /mnt/in
+cp "$4" /mnt/inside.py
+mount --bind / /
+mount -o remount,bind,ro /
+mount -t tmpfs -o mode=1777 tmpfs /tmp
+mount -t proc proc /proc
+ip link set lo up
+cd /tmp
+exec setpriv --reuid 10001 --regid 10001 --clear-groups --bounding-set=-all --no-new-privs env -i PATH=/mnt/venv/bin:/usr/bin:/bin HOME=/tmp PYTHONDONTWRITEBYTECODE=1 \\
+    STRIP_PROGRESS=none STRIP_API_KEY=0123456789abcdef01234567 STRIP_METRICS_KEY=fedcba9876543210fedcba98 "WORDS=$5" python /mnt/inside.py
+"""
+
+@pytest.mark.slow
+def test_it_serves_with_a_read_only_root_and_without_rights(image, served_bundle, pictures, tmp_path):
+    "The same answers as `clot predict`, as user 10001 in namespaces of its own"
+    from strip_notebooks.predict import predict_files
+    words = [json.loads(rest) for word, rest in steps(1) if word in ('ENTRYPOINT', 'CMD')]
+    (tmp_path/'inside.py').write_text(INSIDE)
+    isolated = [program('unshare'), '--mount', '--net', '--pid', '--fork', '--propagation', 'private']
+    for name in ('setpriv', 'ip'): program(name)
+    if subprocess.run([*isolated, 'mount', '-t', 'tmpfs', 'tmpfs', '/mnt'], capture_output=True).returncode: pytest.skip('no namespaces can be made here without more rights')
+    if base_python() == sys.executable: pytest.skip('only this user can run the Python that is installed here')
+    for path in (image, served_bundle, pictures): path.chmod(0o755)
+    served = [w if w != '/bundle' else '/mnt/bundle' for w in words[1]]
+    said = succeeds(*isolated, 'bash', '-euc', CONTAINER, 'container', image, served_bundle, pictures, tmp_path/'inside.py', json.dumps(served))
+    found = json.loads(said[said.index('{"answers"'):].splitlines()[0])
+    assert (found['user'], found['root'], found['code']) == (10001, 'Read-only file system', 0), said
+    assert [found[n] for n in ('page', 'docs', 'model', 'metrics', 'without_key')] == [200, 200, 200, 200, 401], said
+    here = predict_files(served_bundle, pictures).images.set_index('image_id')
+    assert sorted(found['answers']) == sorted(here.index)
+    for name, (status, text) in found['answers'].items():
+        answer = json.loads(text)
+        assert status == 200 and answer['uncertainty'], text
+        assert abs(answer['probabilities']['LAA'] - here.p_LAA[name]) < 1e-6
