@@ -346,3 +346,20 @@ def test_it_serves_with_a_read_only_root_and_without_rights(image, served_bundle
         answer = json.loads(text)
         assert status == 200 and answer['uncertainty'], text
         assert abs(answer['probabilities']['LAA'] - here.p_LAA[name]) < 1e-6
+
+# --- metrics, rules and dashboard
+
+def rules(): return [rule for group in documents(DEPLOY/'prometheus'/'alerts.yml')[0]['groups'] for rule in group['rules']]
+
+def queries():
+    "(title, query) of each query of the dashboard"
+    panels = json.loads((DEPLOY/'grafana'/'dashboards'/'clot.json').read_text())['panels']
+    return [(panel['title'], target['expr']) for panel in panels for target in panel.get('targets', [])]
+
+def named(expression):
+    "The metrics that an expression names"
+    bare = re.sub(r'"[^"]*"|\{[^}]*\}|\b(?:by|without|on|ignoring|group_left|group_right)\s*(?:\([^)]*\))?|\[[^\]]*\]', ' ', expression)
+    return {name for name in re.findall(r'\b[a-z_]\w*\b(?!\s*\()', bare) if name not in ('and', 'or', 'unless', 'bool', 'offset')}
+
+def test_metrics_are_found_in_expressions():
+    assert named('sum by (le, path) (rate(a_bucket{path="x", code=~"b_c"}[5m])) / on (x) group_left (y) b_total > bool 0.5 and time() - c_seconds') == {'a_bucket', 'b_total', 'c_seconds'}
