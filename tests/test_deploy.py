@@ -1,8 +1,9 @@
 "The files of deploy/: the image's requirements, its steps run in a clean environment, manifests, metrics, rules and dashboard"
-import configparser, json, os, re, shlex, shutil, subprocess, sys
-from importlib.metadata import PackageNotFoundError, requires
+import configparser, contextlib, json, os, re, shutil, socket, subprocess, sys, time
+from importlib.metadata import requires
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -363,3 +364,120 @@ def named(expression):
 
 def test_metrics_are_found_in_expressions():
     assert named('sum by (le, path) (rate(a_bucket{path="x", code=~"b_c"}[5m])) / on (x) group_left (y) b_total > bool 0.5 and time() - c_seconds') == {'a_bucket', 'b_total', 'c_seconds'}
+
+def test_rules_and_their_unit_tests():
+    "Every rule has one that expects it to fire"
+    folder = DEPLOY/'prometheus'
+    succeeds(program('promtool'), 'check', 'rules', folder/'alerts.yml')
+    succeeds(program('promtool'), 'test', 'rules', 'alerts_test.yml', cwd=folder)
+    tested = {t['alertname'] for test in documents(folder/'alerts_test.yml')[0]['tests'] for t in test['alert_rule_test'] if t['exp_alerts']}
+    assert tested == {rule['alert'] for rule in rules()} and len(rules()) == len(tested)
+    for rule in rules(): assert rule['labels']['severity'] in ('critical', 'warning') and set(rule['annotations']) == {'summary', 'description'}
+
+def test_a_wrong_rule_would_be_found(tmp_path):
+    "The unit tests see a limit that is not the tested one"
+    for name in ('alerts.yml', 'alerts_test.yml'): shutil.copy(DEPLOY/'prometheus'/name, tmp_path)
+    text = (tmp_path/'alerts.yml').read_text()
+    (tmp_path/'alerts.yml').write_text(text.replace('> 0.01', '> 0.5'))
+    assert subprocess.run([program('promtool'), 'test', 'rules', 'alerts_test.yml'], cwd=tmp_path, capture_output=True).returncode
+
+def scrape_config(folder, port=5000, key=''):
+    "The configuration that compose mounts, for a server and a key of this test"
+    text = (DEPLOY/'prometheus'/'prometheus.yml').read_text().replace('api:5000', f'127.0.0.1:{port}').replace('/run/secrets/metrics_key', str(folder/'key')).replace('15s', '1s')
+    (folder/'key').write_text(key)
+    (folder/'prometheus.yml').write_text(re.sub(r'  - job_name: prometheus\n.*\n', '', text))
+    rules = (DEPLOY/'prometheus'/'alerts.yml').read_text()
+    (folder/'alerts.yml').write_text(re.sub(r'for: \d+m', 'for: 1s', rules))        # nobody waits for minutes here
+    return folder/'prometheus.yml'
+
+def test_the_configuration_of_prometheus_is_valid(tmp_path):
+    assert 'SUCCESS' in succeeds(program('promtool'), 'check', 'config', scrape_config(tmp_path))
+
+def test_the_dashboard_is_provisioned():
+    source, = documents(DEPLOY/'grafana'/'provisioning'/'datasources'/'prometheus.yml')[0]['datasources']
+    provider, = documents(DEPLOY/'grafana'/'provisioning'/'dashboards'/'clot.yml')[0]['providers']
+    mounts = documents(DEPLOY/'compose.yaml')[0]['services']['grafana']['volumes']
+    assert f"./grafana/dashboards:{provider['options']['path']}:ro" in mounts and source['url'] == 'http://prometheus:9090'
+    board = json.loads((DEPLOY/'grafana'/'dashboards'/'clot.json').read_text())
+    assert len({p['id'] for p in board['panels']}) == len(board['panels']) >= 8
+    for p in board['panels']: assert p['datasource']['uid'] == source['uid'] and p['title'] and p['description'] and p['targets'] and p['gridPos']['x'] + p['gridPos']['w'] <= 24
+
+# --- a real server, a real Prometheus
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+def until(condition, seconds, what):
+    "Wait until a condition returns something true, and return that"
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if found := condition(): return found
+        except httpx.TransportError: pass
+        time.sleep(.2)
+    raise AssertionError(f'{what}: not within {seconds} s')
+
+@contextlib.contextmanager
+def process(*words, **environment):
+    "A process that is ended in the end"
+    running = subprocess.Popen([str(w) for w in words], env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try: yield running
+    finally:
+        running.terminate()
+        running.wait(60)
+
+KEYS = dict(STRIP_API_KEY='0123456789abcdef01234567', STRIP_METRICS_KEY='fedcba9876543210fedcba98')
+
+@pytest.fixture(scope='module')
+def server(served_bundle, pictures):
+    "A client of a real server that has given answers and refusals, and its process"
+    port = free_port()
+    clot = [sys.executable, '-c', 'from strip_notebooks.cli import main\nif __name__ == "__main__": main()']
+    with process(*clot, 'serve', served_bundle, '--port', port, '--workers', 1, '--decoders', 1, **KEYS) as running, httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=60) as client:
+        until(lambda: client.get('/ready').status_code == 200, 60, 'the server is ready')
+        for picture in sorted(pictures.iterdir()): assert ask(client, picture.read_bytes(), picture.name).status_code == 200
+        assert ask(client, b'no image').status_code == 422
+        yield client, running
+
+def ask(client, data, name='a.png', key=KEYS['STRIP_API_KEY']):
+    return client.post('/predict', files=dict(file=(name, data)), headers={'X-API-Key': key})
+
+def exported(client):
+    "The names in /metrics"
+    answer = client.get('/metrics', headers={'X-API-Key': KEYS['STRIP_METRICS_KEY']})
+    if answer.status_code == 404: pytest.skip('this server has no telemetry')
+    return {line.split('{')[0].split()[0] for line in answer.text.splitlines() if line and not line.startswith('#')}
+
+def test_every_metric_that_is_asked_for_exists(server):
+    "In rules and dashboard; `up` is of Prometheus itself"
+    names = exported(server[0]) | {'up'}
+    for title, expression in [*queries(), *((rule['alert'], rule['expr']) for rule in rules())]:
+        wanted = named(expression)
+        assert wanted and wanted <= names, f'{title}: {wanted - names}'
+
+@pytest.mark.slow
+def test_a_real_prometheus_finds_a_series_for_every_query_and_raises_an_alert(server, pictures, tmp_path):
+    client, running = server
+    exported(client)
+    port, folder = free_port(), tmp_path
+    config = scrape_config(folder, client.base_url.port, KEYS['STRIP_METRICS_KEY'])
+    words = [f'--config.file={config}', f'--storage.tsdb.path={folder/"data"}', f'--web.listen-address=127.0.0.1:{port}']
+    with process(program('prometheus'), *words), httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=30) as prometheus:
+        def series(expression):
+            found = prometheus.get('/api/v1/query', params=dict(query=expression.replace('$__rate_interval', '1m'))).json()
+            assert found['status'] == 'success', (expression, found)
+            return [s for s in found['data']['result'] if s['value'][1] != 'NaN']
+        def alerts(): return {a['labels']['alertname'] for a in prometheus.get('/api/v1/alerts').json()['data']['alerts'] if a['state'] == 'firing'}
+        until(lambda: series('up == 1'), 30, 'Prometheus reads the server')
+        def every():
+            ask(client, (pictures/'a.png').read_bytes())            # rates need counters that grow
+            ask(client, b'no image')
+            return all(series(expression) for _, expression in queries())
+        try: until(every, 60, 'a series for every query')
+        except AssertionError: pytest.fail(f'no series: {[title for title, expression in queries() if not series(expression)]}')
+        assert 'ClotDown' not in alerts()
+        running.terminate()
+        running.wait(60)
+        until(lambda: 'ClotDown' in alerts(), 30, 'an alert because the server ended')
