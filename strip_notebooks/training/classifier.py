@@ -219,6 +219,7 @@ def summary(self:ImageClassifier,
     trainer:Trainer,    # After its last epoch
 )->dict:                # As JSON can hold it
     "What the bundle says about its training"
+    from strip_notebooks.data.cache import pixels_hash
     rows = self.rows['train']
     patients = rows.drop_duplicates('patient_id').label.value_counts()
     best = trainer.history[best_epoch(trainer.history, self.config.monitor, self.better[self.config.monitor])]
@@ -226,6 +227,7 @@ def summary(self:ImageClassifier,
     return dict(images=len(rows), patients={c: int(patients[c]) for c in self.classes},
                 centers=int(rows.center_id.nunique()), epoch=best['epoch'], weighted_log_loss=best['weighted_log_loss'],
                 auc=best['auc'], device=trainer.device, precision=trainer.precision, training=trainer.fingerprint(),
+                pixels=pixels_hash(self.cache, rows.image_id),
                 config={**settings, 'pretrained': Path(self.config.pretrained).name})
 
 @patch
