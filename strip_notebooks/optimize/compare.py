@@ -36,7 +36,7 @@ def _same_images(before, after):
 def agreement(
     before:pd.DataFrame,    # Predictions of the original, one row per image
     after:pd.DataFrame,     # Predictions of the optimized model for the same images
-    point:Point,
+    point:Point,            # The operating points
 )->tuple:                   # Share of images with the same predicted class, and the largest difference of a probability
     "How far two models agree, image by image"
     _same_images(before, after)
@@ -75,7 +75,7 @@ def _calibration_change(y, p, q, resampling):
 def model_change(
     before:pd.DataFrame,    # Predictions of the original for the test set, one row per image, with labels
     after:pd.DataFrame,     # Predictions of the optimized model for the same images
-    point:Point,
+    point:Point,            # The operating points
     n_resamples:int=2000,   # Bootstrap resamples of patients
     seed:int=0,             # Which resamples
 )->Change:

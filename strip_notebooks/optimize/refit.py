@@ -31,7 +31,7 @@ class Draft:
 
 def draft_bundle(
     parent:Bundle,          # The original
-    draft:Draft,
+    draft:Draft,            # What the new bundle will be made of
     threads:int|None=None,  # Of one call; None asks the machine
 )->Bundle:                  # In memory
     "A draft as a bundle that predicts, without prediction sets and outliers"
@@ -110,7 +110,7 @@ def refitted(
 # %% ../../nbs/830_optimize.refit.ipynb #86d0a209
 def write_optimized(
     parent:Bundle,          # The original, loaded from a folder
-    draft:Draft,
+    draft:Draft,            # What the new bundle will be made of
     folder,                 # Where the bundle will be
     cohort:pd.DataFrame,    # One row per image: image_id, patient_id, label, split
     cache,                  # The preprocessed pixels

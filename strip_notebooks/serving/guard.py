@@ -83,6 +83,7 @@ def check(self:_Exchange):
     if int(self.length[:20]) > limits.body_bytes: raise self.too_large()
     if not self.has_room() or self.whole: self.enter()
 
+# %% ../../nbs/964_serving.guard.ipynb #156ea205
 @patch
 def too_large(self:_Exchange):
     "The refusal of a body with too many bytes"
@@ -105,11 +106,14 @@ def enter(self:_Exchange):
 
 # %% ../../nbs/964_serving.guard.ipynb #d42e7fcb
 @patch
-def stop(self:_Exchange, refusal):
+def stop(self:_Exchange,
+    refusal,    # Why the request is refused
+):
     "Stop reading because of a refusal"
     self.refusal = refusal
     return {'type': 'http.disconnect'}
 
+# %% ../../nbs/964_serving.guard.ipynb #6208fee0
 @patch
 async def receive(self:_Exchange):
     "The next piece of the body for the application behind"
@@ -127,6 +131,7 @@ async def receive(self:_Exchange):
         except Refusal as e: return self.stop(e)
     return message
 
+# %% ../../nbs/964_serving.guard.ipynb #18b1ac3e
 @patch
 async def next_piece(self:_Exchange):
     "What the client sends next; a `TimeoutError` if the body takes too long"
@@ -135,22 +140,25 @@ async def next_piece(self:_Exchange):
     left = self.began + body_deadline(self.limits, self.received) - time.monotonic()
     async with asyncio.timeout(left): return await self.from_client()
 
-# %% ../../nbs/964_serving.guard.ipynb #d4453418
-_lingering = 16*2**20           # bytes that are read and dropped, at most, in at most a second
-
+# %% ../../nbs/964_serving.guard.ipynb #5a0a7450
 def _failure():
     "The refusal of a request at which the application failed"
     return Refusal('internal', 'The server failed at this request; its log says more under this id.')
 
+# %% ../../nbs/964_serving.guard.ipynb #d4453418
 @patch
-async def send(self:_Exchange, message):
+async def send(self:_Exchange,
+    message,    # Of the application behind
+):
     "Send a piece of the application's answer to the client, unless the request is refused"
     if self.refusal: return
     if message['type'] == 'http.response.start' and message['status'] == 500: self.refusal = _failure()
     else: await self.forward(message)
 
 @patch
-async def forward(self:_Exchange, message):
+async def forward(self:_Exchange,
+    message,    # Of an answer
+):
     "Send a piece of an answer to the client"
     if message['type'] == 'http.response.start':
         self.started = True
@@ -161,6 +169,9 @@ async def forward(self:_Exchange, message):
         await self.linger()
         message = {**message, 'body': b''}
     await self.to_client(message)
+
+# %% ../../nbs/964_serving.guard.ipynb #b0a10b2c
+_lingering = 16*2**20           # bytes that are read and dropped, at most, in at most a second
 
 @patch
 async def linger(self:_Exchange):
@@ -198,6 +209,7 @@ async def run(self:_Exchange):
         if self.inside: self.guard.in_flight -= 1
     await self.refuse()
 
+# %% ../../nbs/964_serving.guard.ipynb #cfef965e
 @patch
 async def refuse(self:_Exchange):
     "Send the refusal, if there is one and nothing was sent yet"
