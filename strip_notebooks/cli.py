@@ -385,7 +385,7 @@ def serve_command(
     "Serve a trained model until Ctrl-C or SIGTERM; SIGHUP loads it again"
     from strip_notebooks.serving.server import ServerSettings, key_variable, metrics_variable, read_keys, serve
     keys, metrics = read_keys(key_variable, args.key_file), read_keys(metrics_variable, args.metrics_key_file)
-    settings = ServerSettings(args.host, args.port, keys, metrics, args.audit)
+    settings = ServerSettings(args.host, args.port, keys, metrics)
     serve(_service_settings(args), settings)
 
 # %% ../nbs/990_cli.ipynb #e5e02c45
@@ -480,7 +480,6 @@ def _add_serve(command):
     _option(command, 'deadline', 'SECONDS', 'from the upload to the answer; default 30', type=float, default=30.)
     _option(command, 'key-file', 'FILE', 'API keys, one per line; without it they are in STRIP_API_KEY')
     _option(command, 'metrics-key-file', 'FILE', 'keys for /metrics; without it they are in STRIP_METRICS_KEY')
-    _option(command, 'audit', 'FILE', 'append one line per answer: request, model, HMAC of the image', default='')
     command.add_argument('--limit', metavar='NAME=NUMBER', action='append', default=[],
                          help='change a limit, such as body_bytes=134217728; can be given many times')
 
