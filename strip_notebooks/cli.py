@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gather_parameters', 'run_command', 'runs_command', 'demo_parameters', 'demo_command', 'predict_command',
-           'evaluate_command', 'parser', 'main']
+           'serve_command', 'evaluate_command', 'parser', 'main']
 
 # %% ../nbs/990_cli.ipynb #1277d198
 import argparse, contextlib, logging, os, shlex, shutil, signal, sys, textwrap, threading
@@ -359,6 +359,35 @@ def predict_command(
     finally: print(found.text())        # also where the disk is full
     if written: print('written: ' + ', '.join(map(str, written)))
 
+# %% ../nbs/990_cli.ipynb #5154addf
+def _limits(pairs):
+    "The limits of a server with the given pairs NAME=NUMBER"
+    from strip_notebooks.serving.access import ServerLimits
+    known, found = ServerLimits.__annotations__, {}
+    for pair in pairs:
+        name, _, value = pair.partition('=')
+        if name not in known: raise StripError(f'There is no limit {name!r}{nearest(name, known)}')
+        try: found[name] = known[name](value)
+        except ValueError: raise StripError(f'--limit {pair}: {value!r} is no number that fits.') from None
+    return ServerLimits(**found)
+
+# %% ../nbs/990_cli.ipynb #89b997ba
+def _service_settings(args):
+    "How the server works, from the parsed words"
+    from strip_notebooks.predict import bundle_folder
+    from strip_notebooks.serving.service import ServiceSettings
+    return ServiceSettings(bundle_folder(args.model, args.runs), args.workers, args.batch, args.decoders, args.queue,
+                           args.deadline, _limits(args.limit))
+
+def serve_command(
+    args,   # The parsed words after `clot serve`
+)->None:
+    "Serve a trained model until Ctrl-C or SIGTERM; SIGHUP loads it again"
+    from strip_notebooks.serving.server import ServerSettings, key_variable, metrics_variable, read_keys, serve
+    keys, metrics = read_keys(key_variable, args.key_file), read_keys(metrics_variable, args.metrics_key_file)
+    settings = ServerSettings(args.host, args.port, keys, metrics)
+    serve(_service_settings(args), settings)
+
 # %% ../nbs/990_cli.ipynb #e5e02c45
 def evaluate_command(
     args,   # The parsed words after `clot evaluate`
@@ -435,6 +464,25 @@ def _add_predict(command):
     _option(command, 'columns', 'OURS=THEIRS,...', 'for a CSV with other column names, such as patient_id=subject')
     _option(command, 'device', 'NAME', 'where to compute: cpu, cuda or mps; default cpu', default='cpu')
 
+# %% ../nbs/990_cli.ipynb #9a872d2f
+def _add_serve(command):
+    "The options of `clot serve`"
+    command.add_argument('model', metavar='RUN_OR_BUNDLE',
+                         help='a run, by its name or folder, or the folder of a bundle')
+    _option(command, 'host', 'ADDRESS', 'where to listen; default 127.0.0.1, and elsewhere only with a key',
+            default='127.0.0.1')
+    _option(command, 'port', 'N', 'default 5000', type=int, default=5000)
+    _option(command, 'workers', 'N', 'model calls at once; default one per core', type=int, default=0)
+    _option(command, 'batch', 'N', 'images of one model call, at most; default 1', type=int, default=1)
+    _option(command, 'decoders', 'N', 'processes that decode uploads; default one per core; 0 decodes in the server '
+            'itself, which a hostile file may end', type=int)
+    _option(command, 'queue', 'N', 'images in the server at once; default 64', type=int, default=64)
+    _option(command, 'deadline', 'SECONDS', 'from the upload to the answer; default 30', type=float, default=30.)
+    _option(command, 'key-file', 'FILE', 'API keys, one per line; without it they are in STRIP_API_KEY')
+    _option(command, 'metrics-key-file', 'FILE', 'keys for /metrics; without it they are in STRIP_METRICS_KEY')
+    command.add_argument('--limit', metavar='NAME=NUMBER', action='append', default=[],
+                         help='change a limit, such as body_bytes=134217728; can be given many times')
+
 # %% ../nbs/990_cli.ipynb #1604a3ec
 def _add_evaluate(command):
     "The options of `clot evaluate`"
@@ -468,6 +516,7 @@ def parser()->argparse.ArgumentParser:
     _add_run(command('run', run_command, 'run one experiment notebook into a new run', add_help=False))
     _add_runs(command('runs', runs_command, 'list all runs, or compare training runs on their test patients'))
     _add_predict(command('predict', predict_command, 'predict new images with a trained model; no labels needed'))
+    _add_serve(command('serve', serve_command, 'serve a trained model over HTTP: an API and a page for images'))
     _add_evaluate(command('evaluate', evaluate_command, "evaluate someone else's predictions: tables, figures, report"))
     return main
 
@@ -498,6 +547,13 @@ def _say_stopped(error):
     number = error.args[1] if len(error.args) > 1 and error.args[1] else signal.SIGINT
     return _say(error.args[0] if error.args else _stopped, 128 + number)
 
+# %% ../nbs/990_cli.ipynb #d610e15f
+def _say_missing(error):
+    "The sentence and the exit code where a package is not installed; an own module that is missing is an error of ours"
+    if (error.name or '').partition('.')[0] == 'strip_notebooks': raise error
+    return _say(f'this needs the package {error.name}, which is not installed here. For serving, take a bundle of '
+                'ONNX Runtime, which `clot run optimize` makes; for the rest, install the whole workspace.', 2)
+
 # %% ../nbs/990_cli.ipynb #b55b433f
 def _call(args):
     "Call the command of `args`; returns the exit code"
@@ -506,6 +562,7 @@ def _call(args):
     except BrokenPipeError:     # a reader such as `head` has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e: return _say(f'{e.filename or "the system"}: {e.strerror or e}.', 2)
+    except ModuleNotFoundError as e: return _say_missing(e)
     except KeyboardInterrupt as e: return _say_stopped(e)
     return 0
 
