@@ -474,8 +474,8 @@ def _add_serve(command):
     _option(command, 'port', 'N', 'default 5000', type=int, default=5000)
     _option(command, 'workers', 'N', 'model calls at once; default one per core', type=int, default=0)
     _option(command, 'batch', 'N', 'images of one model call, at most; default 1', type=int, default=1)
-    _option(command, 'decoders', 'N', 'processes that decode uploads; default one per core, and 0 decodes in the server, '
-            'which a hostile file may end', type=int)
+    _option(command, 'decoders', 'N', 'processes that decode uploads; default one per core; 0 decodes in the server '
+            'itself, which a hostile file may end', type=int)
     _option(command, 'queue', 'N', 'images in the server at once; default 64', type=int, default=64)
     _option(command, 'deadline', 'SECONDS', 'from the upload to the answer; default 30', type=float, default=30.)
     _option(command, 'key-file', 'FILE', 'API keys, one per line; without it they are in STRIP_API_KEY')

@@ -264,9 +264,10 @@ def test_whoever_leaves_the_queue_costs_no_call(tmp_path):
 
 def test_the_end_finishes_what_was_accepted(tmp_path):
     with slow_server(tmp_path) as server, ThreadPoolExecutor(4) as pool:
-        accepted = [pool.submit(server.predict, shade(b)) for b in (100, 20)]
-        server.wait_for(lambda: '100' in server.calls())
-        time.sleep(.3)                                                  # the second is in the queue
+        accepted = [pool.submit(server.predict, shade(250))]
+        server.wait_for(lambda: '250' in server.calls())
+        accepted.append(pool.submit(server.predict, shade(20)))
+        time.sleep(1.5)                                                 # the second is in the queue
         assert server.end() == 0
         assert [a.result().status_code for a in accepted] == [200, 200] and server.calls()[-1] == '20'
         with pytest.raises(httpx.ConnectError): server.http.get('/health')
@@ -275,17 +276,22 @@ def test_another_model_while_requests_run(tmp_path):
     "Good and bad ones, by the key and by a signal: no request fails, and a bad bundle changes nothing"
     with slow_server(tmp_path, key=KEY, STRIP_API_KEY=KEY) as server, ThreadPoolExecutor(4) as pool:
         assert httpx.post(server.url + '/reload').status_code == 401
-        stop = threading.Event()
+        stop, said = threading.Event(), []
         def client():
-            said = []
             while not stop.is_set(): said.append(server.predict(shade(2)))
-            return said
         clients = [pool.submit(client) for _ in range(3)]
+        def some_more():
+            "Each client gets some answers before the next change"
+            least = len(said) + 6
+            server.wait_for(lambda: len(said) >= least or any(c.done() for c in clients))
+        some_more()
         versions = [server.http.get('/health').json()['version']]
         slow_bundle(tmp_path/'b', .4)
+        some_more()
         assert server.http.post('/reload').json()['changed'] is True
         versions.append(server.http.get('/health').json()['version'])
         assert server.predict(shade(1)).json()['class_name'] == 'LAA'   # 0.5 is above the new threshold
+        some_more()
         good = (tmp_path/'b'/'bundle.json').read_text()
         for broken in (good[:200], good.replace('"slow"', '"fast"'), good.replace('0.4', '0.9')):
             (tmp_path/'b'/'bundle.json').write_text(broken)
@@ -298,10 +304,11 @@ def test_another_model_while_requests_run(tmp_path):
         server.process.send_signal(signal.SIGHUP)
         server.wait_for(lambda: 'another model answers' in server.text)
         versions.append(server.http.get('/health').json()['version'])
+        some_more()
         stop.set()
-        said = [r for c in clients for r in c.result()]
-        assert len(said) > 20 and {r.status_code for r in said} == {200} and len(set(versions)) == 3
-        assert {r.json()['model']['version'] for r in said} <= set(versions)
+        for c in clients: c.result()
+        assert {r.status_code for r in said} == {200} and len(set(versions)) == 3
+        assert {r.json()['model']['version'] for r in said} == set(versions)
         for r in said: assert r.json()['class_name'] == ('LAA' if r.json()['model']['version'] == versions[1] else 'CE')
 
 # --- who gets in, and what does not start

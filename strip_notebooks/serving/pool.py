@@ -170,7 +170,7 @@ def _decoded_there(job, workers, allowance):
     (found,) = decode(upload_pixels, [job], workers=workers, name=lambda job: 'image', allowance=allowance)
     return found
 
-# %% ../../nbs/967_serving.pool.ipynb #670c76c0
+# %% ../../nbs/967_serving.pool.ipynb #862235f3
 @dataclass(frozen=True)
 class Decoder:
     "How uploads become pixels"
@@ -184,8 +184,11 @@ class Decoder:
         "The function of a `CallPool`"
         return [self.pixels(*item) for item in items]
 
-    def pixels(self, upload, preprocessing):
-        "Pixels or a refusal"
+    def pixels(self,
+        upload:Upload,                  # A file from outside
+        preprocessing:Preprocessing,    # How its pixels are preprocessed
+    ):                                  # (S, S, 3) uint8, or a `Refusal`
+        "The pixels of one upload"
         if not upload.data: return Refusal('unreadable', 'The file has no bytes.')
         with upload_source(upload) as source:
             job = preprocessing, source, self.limits
