@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ImageFile', 'ImageFiles', 'PatientIds', 'FormUncertainty', 'FormExplain', 'AskUncertainty', 'AskExplain', 'Health',
            'Ready', 'Reloaded', 'id_of', 'refuse', 'invalid_request', 'add_refusals', 'ClientLeft', 'while_connected',
-           'Desk', 'desk_of', 'read_upload', 'asked_for', 'answer_all', 'predict', 'check_batch', 'batch_predict',
-           'batch_answer', 'health', 'ready', 'model', 'reload', 'metrics', 'page', 'add_addresses', 'create_app']
+           'Desk', 'desk_of', 'read_upload', 'asked_for', 'count_unreadable', 'answer_all', 'predict', 'check_batch',
+           'batch_predict', 'batch_answer', 'health', 'ready', 'model', 'reload', 'metrics', 'page', 'add_addresses',
+           'create_app']
 
 # %% ../../nbs/969_serving.app.ipynb #77b39a44
 import asyncio, time
@@ -144,6 +145,14 @@ def _told(desk, request_id, upload, answer):
     if desk.audit: desk.audit.write(request_id, upload.data, answer['model']['sha256'], answer)
     return answer
 
+def count_unreadable(
+    desk:Desk,      # With the telemetry
+    found:list,     # An answer or a `Refusal` per file of a batch
+)->None:
+    "Count the files of a batch that have no answer; a request that is refused as a whole is counted elsewhere"
+    for f in found:
+        if desk.telemetry and isinstance(f, Refusal): desk.telemetry.refuse(f.code)
+
 async def answer_all(
     request:Request,    # Whose body has been read
     uploads:list,       # Its files
@@ -215,6 +224,7 @@ async def batch_predict(
     check_batch(files, patient_id, most)
     asked = asked_for(form_uncertainty or uncertainty, form_explain or explain)
     served, found = await answer_all(request, [await read_upload(file) for file in files], asked)
+    count_unreadable(desk_of(request), found)
     return batch_answer(served.bundle, found, patient_id, id_of(request), time.perf_counter() - began)
 
 # %% ../../nbs/969_serving.app.ipynb #0200e14f
