@@ -2,7 +2,8 @@
 # make test   install everything and run every test
 # make docs   build the documentation site into _docs
 # make example  run the demo and take its report, and a picture of it (needs chromium), into nbs/
-# make lock   write the newest versions within the bounds of settings.ini to constraints.txt (needs uv)
+# make lock   write the newest versions within the bounds of settings.ini to constraints.txt, and then lock-serving (needs uv)
+# make lock-serving  write those of them that serving needs, with hashes, to deploy/requirements.txt (needs uv)
 # make clean  remove .venv and what was built
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 UV     := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test docs example lock clean install
+.PHONY: demo test docs example lock lock-serving clean install
 install: $(READY)
 
 # The stamp is written last, so an interrupted install is repeated, and a complete one is not.
@@ -47,6 +48,12 @@ lock:
 	$(if $(UV),,$(error make lock needs uv))
 	$(PYTHON) -c "import configparser; c = configparser.ConfigParser(); c.read('settings.ini'); d = c['DEFAULT']; print('\n'.join(' '.join(d[k] for k in d if k.endswith('requirements')).split()))" \
 	  | $(UV) pip compile --universal --upgrade --python-version 3.11 --no-header --no-annotate --quiet - -o constraints.txt
+	$(MAKE) lock-serving
+
+lock-serving:
+	$(if $(UV),,$(error make lock-serving needs uv))
+	$(PYTHON) -c "import configparser; c = configparser.ConfigParser(); c.read('settings.ini'); print('\n'.join(c['DEFAULT']['serving_requirements'].split()))" \
+	  | $(UV) pip compile --universal --python-version 3.11 -c constraints.txt --generate-hashes --no-header --no-annotate --quiet - -o deploy/requirements.txt
 
 clean:
 	rm -rf $(VENV) _docs build dist *.egg-info

@@ -385,7 +385,7 @@ def serve_command(
     "Serve a trained model until Ctrl-C or SIGTERM; SIGHUP loads it again"
     from strip_notebooks.serving.server import ServerSettings, key_variable, metrics_variable, read_keys, serve
     keys, metrics = read_keys(key_variable, args.key_file), read_keys(metrics_variable, args.metrics_key_file)
-    settings = ServerSettings(args.host, args.port, keys, metrics, args.audit)
+    settings = ServerSettings(args.host, args.port, keys, metrics, audit=args.audit)
     serve(_service_settings(args), settings)
 
 # %% ../nbs/990_cli.ipynb #e5e02c45
@@ -548,6 +548,13 @@ def _say_stopped(error):
     number = error.args[1] if len(error.args) > 1 and error.args[1] else signal.SIGINT
     return _say(error.args[0] if error.args else _stopped, 128 + number)
 
+# %% ../nbs/990_cli.ipynb #d610e15f
+def _say_missing(error):
+    "The sentence and the exit code where a package is not installed; an own module that is missing is an error of ours"
+    if (error.name or '').partition('.')[0] == 'strip_notebooks': raise error
+    return _say(f'this needs the package {error.name}, which is not installed here. For serving, take a bundle of '
+                'ONNX Runtime, which `clot run optimize` makes; for the rest, install the whole workspace.', 2)
+
 # %% ../nbs/990_cli.ipynb #b55b433f
 def _call(args):
     "Call the command of `args`; returns the exit code"
@@ -556,6 +563,7 @@ def _call(args):
     except BrokenPipeError:     # a reader such as `head` has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e: return _say(f'{e.filename or "the system"}: {e.strerror or e}.', 2)
+    except ModuleNotFoundError as e: return _say_missing(e)
     except KeyboardInterrupt as e: return _say_stopped(e)
     return 0
 

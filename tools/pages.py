@@ -67,7 +67,7 @@ def method_names(
 )->list[str]:   # Such as 'Run.name'
     "The methods of the classes that a cell defines, to which nbdev's index gives anchors of their own"
     classes = [c for c in cell.parsed_() or () if isinstance(c, ast.ClassDef)]
-    return [f'{c.name}.{f.name}' for c in classes for f in c.body if isinstance(f, ast.FunctionDef)]
+    return [f'{c.name}.{f.name}' for c in classes for f in c.body if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 def field_rows(
     node,           # Class definition
@@ -79,7 +79,8 @@ def field_rows(
         if not isinstance(field, ast.AnnAssign) or field.target.id.startswith('_'): continue
         value, about = field.value, comments.get(field.lineno, '')
         if isinstance(value, ast.Call) and getattr(value.func, 'id', '') == 'Field':
-            about = next((k.value.value for k in value.keywords if k.arg == 'description'), about)
+            given = [k.value for k in value.keywords if k.arg == 'description']
+            about = next((v.value for v in given if isinstance(v, ast.Constant)), about)
             value = value.args[0] if value.args else None
         elif isinstance(value, ast.Call): value = None      # of a data class: field(default_factory=...)
         yield field.target.id, ast.unparse(field.annotation), ast.unparse(value) if value else '', about

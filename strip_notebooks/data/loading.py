@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import StripError, derive_seed, nearest
+from ..core import StripError, derive_seed, nearest, plural
 from .augment import Policy
 from .cache import Cache
 from .cohort import check_split_names
@@ -78,6 +78,7 @@ class _Batches:
         self.balance = balance
         self.seed = seed
         self.epoch = 0
+        self.rank, self.world = 0, 1
         one_each = train and balance == 'patient'
         self.total = len(set(images.patients)) if one_each else len(images)
     def __len__(self): return -(-self.total//self.batch_size)
@@ -86,7 +87,9 @@ class _Batches:
         repeat = pd.Series(order).groupby(order).cumcount()
         items = [(int(r), self.epoch, int(k)) for r,k in zip(order, repeat)]
         borders = [i*len(items)//len(self) for i in range(len(self) + 1)]
-        for start,end in zip(borders, borders[1:]): yield items[start:end]
+        batches = [items[start:end] for start,end in zip(borders, borders[1:])]
+        if self.train: yield from (batch[self.rank::self.world] for batch in batches)
+        else: yield from batches[self.rank::self.world]
 
 # %% ../../nbs/190_data.loading.ipynb #5cd2e1fa
 @patch
@@ -110,6 +113,19 @@ def _start_worker(seed, worker):
     random.seed(derive_seed(seed, 'worker', worker))
     np.random.seed(derive_seed(seed, 'numpy worker', worker))
 
+# %% ../../nbs/190_data.loading.ipynb #3ada89ed
+@patch
+def set_share(self:_Batches,
+    rank:int,   # Number of this process, from 0
+    world:int,  # Processes that share the batches
+)->None:
+    "Load the part of this process only; a `StripError` if a training batch has no image for one of them"
+    smallest = self.total//len(self)
+    if self.train and smallest < world:
+        raise StripError(f'A training batch has {plural(smallest, "image")} and {plural(world, "process")} share it; '
+                         'give a larger batch_size, or fewer devices.')
+    self.rank, self.world = rank, world
+
 # %% ../../nbs/190_data.loading.ipynb #1d3aac0f
 def _same(batch): return batch
 
@@ -120,7 +136,7 @@ def make_loader(
     balance:str|None=None,  # For training: None, 'class' to draw each equally often, 'patient' for one image of each
     workers:int=0,          # Processes beside this one
     seed:int=0,             # Decides the order
-):                          # A torch DataLoader with `set_epoch`; batches as `CohortImages` gives them
+):                          # A torch DataLoader with `set_epoch` and `set_share`; batches as `CohortImages` gives them
     "Batches of a cohort, the same for any number of workers; a `StripError` for an unknown balance"
     if balance not in (None, '', 'class', 'patient'):
         raise StripError(f'balance={balance!r} is unknown{nearest(balance, ["class", "patient"])}')
@@ -130,5 +146,5 @@ def make_loader(
     loader = DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=_same,
                         worker_init_fn=partial(_start_worker, seed), persistent_workers=workers > 0)
     def set_epoch(epoch): batches.epoch = epoch
-    loader.set_epoch = set_epoch
+    loader.set_epoch, loader.set_share = set_epoch, batches.set_share
     return loader

@@ -69,7 +69,21 @@ class _Exchange:
         self.refusal = None         # why the request is refused
         self.left = False           # the client has disconnected
 
-# %% ../../nbs/964_serving.guard.ipynb #b0dd475a
+# %% ../../nbs/964_serving.guard.ipynb #9c142453
+@patch
+def check(self:_Exchange):
+    "A `Refusal` unless the head of the request is good"
+    access, limits = self.guard.access, self.limits
+    check_browser(access, self.headers)
+    who = who_asks(access, self.path, self.headers, (self.scope.get('client') or [''])[0])
+    wait = 0 if self.path in access.probes else self.guard.buckets.take(who)
+    if wait: raise Refusal('rate', f'More than {limits.rate:g} requests per second; send them slower.', wait)
+    if not self.length.isascii() or not self.length.isdigit():
+        raise Refusal('bad_request', 'The header Content-Length is no number.')
+    if int(self.length[:20]) > limits.body_bytes: raise self.too_large()
+    if not self.has_room() or self.whole: self.enter()
+
+# %% ../../nbs/964_serving.guard.ipynb #156ea205
 @patch
 def too_large(self:_Exchange):
     "The refusal of a body with too many bytes"
@@ -90,38 +104,16 @@ def enter(self:_Exchange):
         self.inside = True
         self.guard.in_flight += 1
 
-# %% ../../nbs/964_serving.guard.ipynb #24c09b17
-@patch
-def check(self:_Exchange):
-    "A `Refusal` unless the head of the request is good"
-    access, limits = self.guard.access, self.limits
-    check_browser(access, self.headers)
-    who = who_asks(access, self.path, self.headers, (self.scope.get('client') or [''])[0])
-    wait = 0 if self.path in access.probes else self.guard.buckets.take(who)
-    if wait: raise Refusal('rate', f'More than {limits.rate:g} requests per second; send them slower.', wait)
-    if not self.length.isascii() or not self.length.isdigit():
-        raise Refusal('bad_request', 'The header Content-Length is no number.')
-    if int(self.length[:20]) > limits.body_bytes: raise self.too_large()
-    if not self.has_room() or self.whole: self.enter()
-
-# %% ../../nbs/964_serving.guard.ipynb #668cfddf
+# %% ../../nbs/964_serving.guard.ipynb #d42e7fcb
 @patch
 def stop(self:_Exchange,
-    refusal:Refusal,    # Why
-)->dict:                # What the application behind receives
+    refusal,    # Why the request is refused
+):
     "Stop reading because of a refusal"
     self.refusal = refusal
     return {'type': 'http.disconnect'}
 
-@patch
-async def next_piece(self:_Exchange):
-    "What the client sends next; a `TimeoutError` if the body takes too long"
-    if self.whole: return await self.from_client()
-    if self.began is None: self.began = time.monotonic()
-    left = self.began + body_deadline(self.limits, self.received) - time.monotonic()
-    async with asyncio.timeout(left): return await self.from_client()
-
-# %% ../../nbs/964_serving.guard.ipynb #ae65b3d7
+# %% ../../nbs/964_serving.guard.ipynb #6208fee0
 @patch
 async def receive(self:_Exchange):
     "The next piece of the body for the application behind"
@@ -139,7 +131,46 @@ async def receive(self:_Exchange):
         except Refusal as e: return self.stop(e)
     return message
 
-# %% ../../nbs/964_serving.guard.ipynb #81b3c35d
+# %% ../../nbs/964_serving.guard.ipynb #18b1ac3e
+@patch
+async def next_piece(self:_Exchange):
+    "What the client sends next; a `TimeoutError` if the body takes too long"
+    if self.whole: return await self.from_client()
+    if self.began is None: self.began = time.monotonic()
+    left = self.began + body_deadline(self.limits, self.received) - time.monotonic()
+    async with asyncio.timeout(left): return await self.from_client()
+
+# %% ../../nbs/964_serving.guard.ipynb #5a0a7450
+def _failure():
+    "The refusal of a request at which the application failed"
+    return Refusal('internal', 'The server failed at this request; its log says more under this id.')
+
+# %% ../../nbs/964_serving.guard.ipynb #d4453418
+@patch
+async def send(self:_Exchange,
+    message,    # Of the application behind
+):
+    "Send a piece of the application's answer to the client, unless the request is refused"
+    if self.refusal: return
+    if message['type'] == 'http.response.start' and message['status'] == 500: self.refusal = _failure()
+    else: await self.forward(message)
+
+@patch
+async def forward(self:_Exchange,
+    message,    # Of an answer
+):
+    "Send a piece of an answer to the client"
+    if message['type'] == 'http.response.start':
+        self.started = True
+        extra = [(b'x-request-id', self.id.encode()), *([] if self.whole else [(b'connection', b'close')])]
+        message = {**message, 'headers': secured([*message.get('headers', []), *extra])}
+    elif not self.whole and not message.get('more_body', False):
+        await self.to_client({**message, 'more_body': True})
+        await self.linger()
+        message = {**message, 'body': b''}
+    await self.to_client(message)
+
+# %% ../../nbs/964_serving.guard.ipynb #b0a10b2c
 _lingering = 16*2**20           # bytes that are read and dropped, at most, in at most a second
 
 @patch
@@ -154,36 +185,7 @@ async def linger(self:_Exchange):
                 self.whole = not message.get('more_body', False)
     except TimeoutError: pass
 
-# %% ../../nbs/964_serving.guard.ipynb #ceeb8fad
-def _failure():
-    "The refusal of a request at which the application failed"
-    return Refusal('internal', 'The server failed at this request; its log says more under this id.')
-
-@patch
-async def send(self:_Exchange,
-    message:dict,   # As ASGI has it
-):
-    "Send a piece of the application's answer to the client, unless the request is refused"
-    if self.refusal: return
-    if message['type'] == 'http.response.start' and message['status'] == 500: self.refusal = _failure()
-    else: await self.forward(message)
-
-@patch
-async def forward(self:_Exchange,
-    message:dict,   # As ASGI has it
-):
-    "Send a piece of an answer to the client"
-    if message['type'] == 'http.response.start':
-        self.started = True
-        extra = [(b'x-request-id', self.id.encode()), *([] if self.whole else [(b'connection', b'close')])]
-        message = {**message, 'headers': secured([*message.get('headers', []), *extra])}
-    elif not self.whole and not message.get('more_body', False):
-        await self.to_client({**message, 'more_body': True})
-        await self.linger()
-        message = {**message, 'body': b''}
-    await self.to_client(message)
-
-# %% ../../nbs/964_serving.guard.ipynb #89e8cd0a
+# %% ../../nbs/964_serving.guard.ipynb #e40684c6
 def where_raised(
     error:BaseException,    # Caught
 )->str:                     # Such as 'ValueError in bundle.py:120 (predict)'
@@ -192,18 +194,6 @@ def where_raised(
     if not frames: return type(error).__name__
     return f'{type(error).__name__} in {Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].name})'
 
-@patch
-async def refuse(self:_Exchange):
-    "Send the refusal, if there is one and nothing was sent yet"
-    refusal, self.refusal = self.refusal, None
-    if self.started or self.left or not refusal: return
-    headers = [(n.encode(), v.encode()) for n, v in refusal_headers(refusal).items()]
-    body = error_body(refusal.code, refusal.message, self.id)
-    headers.append((b'content-length', str(len(body)).encode()))
-    await self.forward(dict(type='http.response.start', status=refusal.status, headers=headers))
-    await self.forward(dict(type='http.response.body', body=body))
-
-# %% ../../nbs/964_serving.guard.ipynb #ae001e32
 @patch
 async def run(self:_Exchange):
     "Let the request through, or refuse it"
@@ -218,3 +208,15 @@ async def run(self:_Exchange):
     finally:
         if self.inside: self.guard.in_flight -= 1
     await self.refuse()
+
+# %% ../../nbs/964_serving.guard.ipynb #cfef965e
+@patch
+async def refuse(self:_Exchange):
+    "Send the refusal, if there is one and nothing was sent yet"
+    refusal, self.refusal = self.refusal, None
+    if self.started or self.left or not refusal: return
+    headers = [(n.encode(), v.encode()) for n, v in refusal_headers(refusal).items()]
+    body = error_body(refusal.code, refusal.message, self.id)
+    headers.append((b'content-length', str(len(body)).encode()))
+    await self.forward(dict(type='http.response.start', status=refusal.status, headers=headers))
+    await self.forward(dict(type='http.response.body', body=body))

@@ -169,8 +169,8 @@ class ServerSettings:
     port:int = 5000
     keys:Keys = Keys()          # For everything but /health, /ready, the page and /docs
     metrics_keys:Keys = Keys()  # For /metrics
-    audit:str = ''              # File of the audit log; empty writes none
     page:str = ''               # The page at /, HTML
+    audit:str = ''              # File of the audit log; empty writes none
 
     @property
     def access(self)->Access:

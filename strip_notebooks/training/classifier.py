@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cohort_classes', 'drawn_counts', 'patient_scores', 'weights_of', 'weights_preprocessing', 'ImageClassifier',
            'EmbeddedImages', 'FrozenClassifier', 'write_bundle', 'history_figure', 'LiveCurve', 'Board', 'TrainFolders',
-           'TrainResult', 'train_folders', 'train']
+           'TrainResult', 'train_folders', 'train_member', 'train_together', 'train']
 
 # %% ../../nbs/430_training.classifier.ipynb #9c231ea4
 import copy, time
@@ -25,8 +25,12 @@ from ..core import file_hash, listing
 from ..processes import progress_style
 from ..runs import bundle_name, checkpoints_name
 from ..data.augment import mix_batch, policy
-from ..data.cohort import CohortWarning, check_cohort
+from ..data.cohort import CohortWarning, check_cohort, columns_needed
+from ..data.cache import Cache
 from ..data.loading import CohortImages, make_loader
+from ..data.preprocess import Preprocessing
+
+# %% ../../nbs/430_training.classifier.ipynb #9fdd3e61
 from ..models import (ModelError, create_model, model_summary, resolve_arch, training_mode, unfreeze,
                                     weight_statistics)
 from ..operating import choose_threshold
@@ -34,6 +38,7 @@ from ..predictions import aggregate_patients, chosen_positive, make_predictions,
 from ..statistics import auc, weighted_log_loss
 from .config import TrainConfig, TrainerConfig, make_config
 from .losses import TrainingError, loss_weight, make_loss, taught_prior
+from .processes import Place, check_devices, run_together, tell
 from .trainer import Task, Trainer, best_epoch, deterministic, pick_device, pick_precision
 
 # %% ../../nbs/430_training.classifier.ipynb #8d655879
@@ -202,7 +207,8 @@ def begin_epoch(self:ImageClassifier,
 @patch
 def fingerprint(self:ImageClassifier)->list:
     "Settings, preprocessing and images; a file with weights counts by its content"
-    settings = {k: v for k,v in self.config.model_dump().items() if k not in TrainerConfig.model_fields}
+    others = {*TrainerConfig.model_fields, 'devices'}   # which the trainer's own fingerprint covers
+    settings = {k: v for k,v in self.config.model_dump().items() if k not in others}
     if Path(self.config.pretrained).is_file(): settings['pretrained'] = file_hash(self.config.pretrained)
     columns = [self.cohort[c].astype(str).tolist() for c in ('image_id', 'patient_id', 'label', 'split')]
     return [settings, asdict(self.preprocessing), *columns]
@@ -213,6 +219,7 @@ def summary(self:ImageClassifier,
     trainer:Trainer,    # After its last epoch
 )->dict:                # As JSON can hold it
     "What the bundle says about its training"
+    from strip_notebooks.data.cache import pixels_hash
     rows = self.rows['train']
     patients = rows.drop_duplicates('patient_id').label.value_counts()
     best = trainer.history[best_epoch(trainer.history, self.config.monitor, self.better[self.config.monitor])]
@@ -220,6 +227,7 @@ def summary(self:ImageClassifier,
     return dict(images=len(rows), patients={c: int(patients[c]) for c in self.classes},
                 centers=int(rows.center_id.nunique()), epoch=best['epoch'], weighted_log_loss=best['weighted_log_loss'],
                 auc=best['auc'], device=trainer.device, precision=trainer.precision, training=trainer.fingerprint(),
+                pixels=pixels_hash(self.cache, rows.image_id),
                 config={**settings, 'pretrained': Path(self.config.pretrained).name})
 
 @patch
@@ -466,6 +474,42 @@ def train_folders(
     if hasattr(where, 'checkpoints') and hasattr(where, 'bundle'): return where
     return TrainFolders(Path(where)/checkpoints_name, Path(where)/bundle_name)
 
+# %% ../../nbs/430_training.classifier.ipynb #84989efe
+def train_member(
+    place:Place,        # Of this process
+    cohort:dict,        # Column -> values
+    cache:str,          # Folder of the cache
+    preprocessing:dict, # From `Preprocessing.to_dict`
+    config:dict,        # Settings
+    folder:str,         # Of the checkpoints
+)->None:
+    "Train in one of several processes"
+    settings = make_config(**config)
+    task = ImageClassifier(pd.DataFrame(cohort), Cache(cache), Preprocessing.from_dict(preprocessing), settings)
+    with deterministic(): trainer = Trainer(task, settings, folder, place)
+    def report(history): tell(row=trainer.history[-1], seconds=trainer.seconds)
+    trainer.fit([] if place.rank else [report])
+
+# %% ../../nbs/430_training.classifier.ipynb #b7f9f52a
+def train_together(
+    trainer:Trainer,    # Of the process that waits for the others; it takes no part
+    on_epoch,           # Functions that are called with the history after each epoch
+)->None:
+    "Train in several processes until the last checkpoint is written"
+    trainer.resume()
+    if trainer.done: return
+    task,rows = trainer.task,list(trainer.history)
+    trainer.train_loader.set_share(0, trainer.processes)        # an error here if the batches are too small
+    def report(message):
+        rows.append(message['row'])
+        table = pd.DataFrame(rows)
+        table.attrs['seconds'] = message['seconds']
+        for function in on_epoch: function(table)
+    job = dict(cohort=task.cohort[[*columns_needed, 'split']].astype(str).to_dict('list'),
+               cache=str(Path(task.cache.folder).resolve()), preprocessing=task.preprocessing.to_dict(),
+               config=TrainConfig.pick(task.config.model_dump()).model_dump(), folder=str(trainer.folder.resolve()))
+    run_together('strip_notebooks.training.classifier:train_member', job, trainer.device, task.config.devices, report)
+
 # %% ../../nbs/430_training.classifier.ipynb #de14a869
 def train(
     cohort:pd.DataFrame,    # One row per image, with a `split` column
@@ -476,13 +520,16 @@ def train(
     on_epoch=None,          # Called with the history after each epoch
 )->TrainResult:
     "Train a model; a `TrainingError` if it cannot start or resume, or if the loss is no longer a number"
+    check_devices(pick_device(config.device), config.devices)
     folders = train_folders(where)
     board = Board(Path(folders.checkpoints)/'tensorboard')
     with deterministic():
         kind = FrozenClassifier if config.features == 'frozen' else ImageClassifier
         task = kind(cohort, cache, preprocessing, config)
         trainer = Trainer(task, config, folders.checkpoints)
-        history = trainer.fit([LiveCurve(config.epochs), board, *([on_epoch] if on_epoch else [])])
+        watching = [LiveCurve(config.epochs), board, *([on_epoch] if on_epoch else [])]
+        if trainer.processes > 1: train_together(trainer, watching)
+        history = trainer.fit(watching)
         board.close()
         path = write_bundle(trainer, folders.bundle)
         predictions = predict_cohort(load_bundle(path, trainer.device), task.cohort, cache, config.batch_size)

@@ -168,6 +168,14 @@ class FineTuneConfig(ThresholdConfig):
     unfreeze_every:int = Field(0, ge=0, description='Epochs after which one more stage is trained; 0 never')
     _trainable = field_validator('trainable', mode='before')(_check_trainable)
 
+# %% ../../nbs/405_training.config.ipynb #268bced0
+def _check_together(settings):
+    "Several processes train the same weights from the first epoch to the last"
+    if settings.devices == 1: return settings
+    if settings.unfreeze_every: raise ValueError('unfreeze_every needs devices=1.')
+    if settings.features == 'frozen': raise ValueError("features='frozen' needs devices=1.")
+    return settings
+
 # %% ../../nbs/405_training.config.ipynb #139c21ba
 class TrainConfig(FineTuneConfig):
     "How an image classifier is trained"
@@ -184,6 +192,9 @@ class TrainConfig(FineTuneConfig):
     dropout:float = Field(0., ge=0, lt=1, description='Share of features dropped before the head, 0 to below 1')
     monitor:Literal['weighted_log_loss', 'auc'] = Field(
         'weighted_log_loss', description='Chooses the epoch, per patient: weighted_log_loss or auc')
+    devices:int = Field(
+        1, ge=1, le=1024, description='Processes on this machine that share each batch, one per GPU; also on a CPU')
+    _together = model_validator(mode='after')(_check_together)
     _start = model_validator(mode='before')(classmethod(_fine_tuning))
     _frozen = model_validator(mode='after')(_check_frozen)
 

@@ -9,7 +9,7 @@ __all__ = ['Task', 'pick_device', 'pick_precision', 'deterministic', 'Trainer', 
 # %% ../../nbs/420_training.trainer.ipynb #7b92363a
 import hashlib, json, logging, math, time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
@@ -19,9 +19,11 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import atomic_path, content_hash, derive_seed, nearest, remove_temporaries, seed_everything
+from ..core import (atomic_path, content_hash, derive_seed, nearest, plural, remove_temporaries,
+                                  seed_everything)
 from .config import TrainerConfig
 from .losses import TrainingError
+from .processes import Place
 from .schedules import load_schedule_state, make_optimizer, make_schedule, schedule_state
 
 # %% ../../nbs/420_training.trainer.ipynb #38194615
@@ -116,11 +118,31 @@ def _check_monitor(monitor, scores):
     if monitor in scores: return
     raise TrainingError(f'There is no validation score {monitor!r}{nearest(monitor, scores)}')
 
-def _fabric(device, precision):
+# %% ../../nbs/420_training.trainer.ipynb #f6b264bd
+def _shared_fabric(device, precision, place):
+    "Fabric for processes that average their gradients, always packed alike: the order of a sum decides its bits"
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment
+    from lightning_fabric.strategies import DDPStrategy
+    environment = LightningEnvironment()
+    strategy = DDPStrategy(cluster_environment=environment, find_unused_parameters=True, broadcast_buffers=False)
+    fabric = Fabric(accelerator=device, strategy=strategy, devices=place.devices, num_nodes=place.world//place.devices,
+                    precision=precision)
+    fabric.launch()
+    return fabric
+
+def _fabric(device, precision, place=Place()):
     "Lightning Fabric, without its log line about the precision, which the bundle records"
     from lightning_fabric import Fabric
     logging.getLogger('lightning_fabric').setLevel(logging.WARNING)
+    if place.world > 1: return _shared_fabric(device, precision, place)
     return Fabric(accelerator=device, devices=1, precision=precision)
+
+def _shared_loaders(place, *loaders):
+    "The loaders, each with the part of this process"
+    if place.world > 1:
+        for loader in loaders: loader.set_share(place.rank, place.world)
+    return loaders
 
 # %% ../../nbs/420_training.trainer.ipynb #426054f5
 class Trainer:
@@ -129,26 +151,82 @@ class Trainer:
         task:Task,              # What is trained
         config:TrainerConfig,   # How it is trained
         folder,                 # The folder of its checkpoints
+        place:Place=Place(),    # Which of several processes this one is
     ):
         from timm.utils import ModelEmaV3
-        self.task,self.config,self.folder = task,config,Path(folder)
+        self.task,self.config,self.folder,self.place = task,config,Path(folder),place
         _check_monitor(config.monitor, task.better)
         self.device = pick_device(config.device)
         self.precision = pick_precision(self.device, config.precision)
-        self.fabric = _fabric(self.device, self.precision)
+        self.fabric = _fabric(self.device, self.precision, place)
         seed_everything(derive_seed(config.seed, 'start'))
         self.net = task.network()
         optimizer = make_optimizer(self.net, config.optimizer, config.lr, config.weight_decay, config.layer_decay)
         self.model,self.optimizer = self.fabric.setup(self.net, optimizer)
         self.ema = ModelEmaV3(self.net, config.ema, use_warmup=True) if config.ema else None
-        self.train_loader,self.val_loader = task.loaders()
+        self.train_loader,self.val_loader = _shared_loaders(place, *task.loaders())
         self.steps = math.ceil(len(self.train_loader)/config.accumulate)    # optimizer steps per epoch
         self.schedule = make_schedule(optimizer, config.schedule, config.epochs*self.steps, config.warmup)
         self.recent = deque(maxlen=config.norm_batches)     # batches of this epoch, see `Trainer.measure_norms`
         self.history,self.best,self.done,self.seconds = [],{},False,{}
 
-    best_net = property(lambda self: self.net if self.ema is None else self.ema.module,
-                        doc='The network that is validated and kept')
+# %% ../../nbs/420_training.trainer.ipynb #4f665f9f
+@patch(as_prop=True)
+def best_net(self:Trainer)->nn.Module:
+    "The network that is validated and kept"
+    return self.net if self.ema is None else self.ema.module
+
+@patch(as_prop=True)
+def processes(self:Trainer)->int: # 1 or more
+    "How many processes train together, by the settings"
+    return getattr(self.config, 'devices', 1)
+
+# %% ../../nbs/420_training.trainer.ipynb #cef81e94
+@patch
+def summed(self:Trainer,
+    values,             # A tensor, the same shape in each process, or a number
+):                      # The same, or a tensor
+    "The sum over all processes, the same bits in each"
+    if self.place.world == 1: return values
+    if not torch.is_tensor(values): values = torch.tensor(values, dtype=torch.float64)
+    return self.fabric.all_reduce(values.to(self.fabric.device), reduce_op='sum')
+
+@patch
+def agreed(self:Trainer,
+    scores:dict,        # Name -> number
+)->dict:
+    "The scores as the first process has them: what depends on them must go the same way in all"
+    if self.place.world == 1: return scores
+    own = torch.tensor(list(scores.values()), dtype=torch.float64)
+    values = self.summed(own if self.place.rank == 0 else torch.zeros_like(own))
+    return dict(zip(scores, values.tolist()))
+
+# %% ../../nbs/420_training.trainer.ipynb #6e32f3c3
+@patch
+def gathered(self:Trainer,
+    parts:list,         # Logits of this process's batches, (B, C) each
+    batches:int,        # Batches of all processes
+)->torch.Tensor:        # (N, C), on the CPU
+    "The logits of all batches in order, in each process"
+    if self.place.world == 1: return torch.cat(parts).cpu()
+    own = range(self.place.rank, batches, self.place.world)
+    shapes = torch.zeros(batches, 2, dtype=torch.int64)
+    for k,part in zip(own, parts): shapes[k] = torch.tensor(part.shape)
+    shapes = self.summed(shapes).cpu()
+    ends = shapes[:,0].cumsum(0).tolist()
+    table = torch.zeros(ends[-1], shapes[0,1])
+    for k,part in zip(own, parts): table[ends[k] - len(part):ends[k]] = part.cpu()
+    return self.summed(table).cpu()
+
+# %% ../../nbs/420_training.trainer.ipynb #c8cf2d51
+@patch
+def average_norms(self:Trainer)->None:
+    "Average the running statistics over all processes"
+    if self.place.world == 1: return
+    nets = [self.net] if self.ema is None else [self.net, self.ema.module]
+    with torch.no_grad():
+        for buffer in (b for net in nets for b in net.buffers() if b.is_floating_point()):
+            buffer.copy_(self.summed(buffer.clone())/self.place.world)
 
 # %% ../../nbs/420_training.trainer.ipynb #7ecbc8b1
 def grouped(
@@ -169,6 +247,14 @@ def check_finite(
     raise TrainingError(f'The loss is no longer a number in epoch {epoch+1}. The checkpoint before it is intact; '
                         'train again with a lower learning rate (lr), a clip above 0, or precision 32-true.')
 
+# %% ../../nbs/420_training.trainer.ipynb #38572a7a
+@patch
+def gradients_kept(self:Trainer,
+    more:bool,      # Whether the step has more batches
+):
+    "In the block, gradients stay in this process if the step has more batches"
+    return self.fabric.no_backward_sync(self.model) if more and self.place.world > 1 else nullcontext()
+
 # %% ../../nbs/420_training.trainer.ipynb #ce39bab5
 @patch
 def backward(self:Trainer,
@@ -178,12 +264,14 @@ def backward(self:Trainer,
 )->list:            # The loss of each batch times its weight, tensors
     "Sum the gradients of the group's mean loss over all samples"
     weights = [self.task.weight(batch) for batch in group]
+    world,total = self.place.world,float(self.summed(sum(weights)))     # Fabric takes the mean over the processes
     losses = []
     for k,(batch,weight) in enumerate(zip(group, weights), first):
-        seed = derive_seed(self.config.seed, 'mix', epoch, k)
-        loss = self.task.loss(self.model, self.fabric.to_device(batch), seed)
-        if k%10 == 0: check_finite(loss, epoch)
-        self.fabric.backward(loss*(weight/sum(weights)))
+        seed = self.place.seed(self.config.seed, 'mix', epoch, k)
+        with self.gradients_kept(k < first + len(group) - 1):
+            loss = self.task.loss(self.model, self.fabric.to_device(batch), seed)
+            if k%10 == 0: check_finite(loss, epoch)
+            self.fabric.backward(loss*(weight*world/total))
         losses.append(loss.detach()*weight)
     return losses
 
@@ -214,14 +302,15 @@ def train_epoch(self:Trainer,
     self.train_loader.set_epoch(epoch)
     self.recent.clear()     # so that an epoch depends on its own batches only
     batches = iter(self.train_loader)   # starting worker processes draws random numbers, so it comes before the seed
-    seed_everything(derive_seed(self.config.seed, 'epoch', epoch))
+    seed_everything(self.place.seed(self.config.seed, 'epoch', epoch))
     total,seen = torch.zeros((), device=self.fabric.device),0.
     for number,group in enumerate(grouped(batches, self.config.accumulate)):
         self.recent.extend(group)
         for loss in self.step(group, epoch, number): total += loss
         seen += sum(self.task.weight(batch) for batch in group)
+    total = self.summed(total)
     check_finite(total, epoch)
-    return total.item()/seen
+    return total.item()/float(self.summed(seen))
 
 # %% ../../nbs/420_training.trainer.ipynb #da561390
 @patch
@@ -234,7 +323,7 @@ def predict(self:Trainer,
     logits = []
     with torch.inference_mode(), self.fabric.autocast():
         for batch in loader: logits.append(self.task.logits(net, self.fabric.to_device(batch)).float())
-    logits = torch.cat(logits).cpu()
+    logits = self.gathered(logits, len(loader))
     if torch.isfinite(logits).all(): return logits
     raise TrainingError('The network predicts values that are not numbers. The checkpoint before it is intact; '
                         'train again with a lower learning rate (lr).')
@@ -339,7 +428,7 @@ def state(self:Trainer)->tuple: # (tensors by name, what else to remember)
     if self.ema is not None: tensors |= _prefixed('ema', self.ema.module.state_dict())
     groups = [{k: v for k,v in g.items() if k != 'params'} for g in optimizer['param_groups']]
     about = dict(fingerprint=self.fingerprint(), history=self.history, done=self.done, threads=torch.get_num_threads(),
-                 groups=groups, schedule=schedule_state(self.schedule))
+                 groups=groups, schedule=schedule_state(self.schedule), processes=self.processes)
     return tensors, about
 
 # %% ../../nbs/420_training.trainer.ipynb #781b4339
@@ -347,7 +436,9 @@ def state(self:Trainer)->tuple: # (tensors by name, what else to remember)
 def fingerprint(self:Trainer)->str: # 16 hexadecimal digits
     "A hash of all that decides the final weights"
     settings = {k: getattr(self.config, k) for k in TrainerConfig.model_fields if k != 'workers'}
-    return content_hash({**settings, 'device': self.device, 'precision': self.precision}, self.task.fingerprint())
+    several = dict(processes=self.processes) if self.processes > 1 else {}
+    return content_hash({**settings, 'device': self.device, 'precision': self.precision, **several},
+                        self.task.fingerprint())
 
 # %% ../../nbs/420_training.trainer.ipynb #918224fd
 def _load_moments(optimizer, moments):
@@ -374,6 +465,27 @@ def restore(self:Trainer,
     load_schedule_state(self.schedule, about['schedule'])
     self.best,self.history,self.done = _without('best', tensors),about['history'],about['done']
 
+# %% ../../nbs/420_training.trainer.ipynb #705f447d
+@patch
+def _check_processes(self:Trainer, begun:int):
+    "A `TrainingError` if a training was begun with another number of processes"
+    if begun == self.processes: return
+    raise TrainingError(f'The training in {self.folder.name} was begun with {plural(begun, "process")} and cannot '
+                        f'be resumed with {self.processes}, which would change its result; give devices as before, '
+                        'or choose another folder.')
+
+@patch
+def _check_start(self:Trainer):
+    "A `TrainingError` unless all processes that the settings name are here, and are at the same epoch"
+    if self.done: return
+    if self.place.world != self.processes:
+        raise TrainingError(f'The settings name {plural(self.processes, "process")}, and {self.place.world} would '
+                            'train; start the training with `train`.')
+    epochs = len(self.history)
+    if self.summed(epochs) != epochs*self.place.world:
+        raise TrainingError(f'The processes do not find the same checkpoints in {self.folder.name}; '
+                            'resume again, with nothing else writing there.')
+
 # %% ../../nbs/420_training.trainer.ipynb #1c8f5957
 def checkpoints(
     folder,         # The folder of a training's checkpoints
@@ -384,18 +496,20 @@ def checkpoints(
 @patch
 def save(self:Trainer)->None:
     "Write a checkpoint, and remove all but the last two"
+    if self.place.rank: return          # the first process writes for all
     write_state(self.folder/f'epoch-{len(self.history):06}.safetensors', *self.state())
     for old in checkpoints(self.folder)[:-2]: old.unlink(missing_ok=True)
 
 @patch
 def resume(self:Trainer)->None:
     "Continue from the last readable checkpoint, if there is one; a `TrainingError` if it belongs to another training"
-    if self.folder.is_dir(): remove_temporaries(self.folder)        # of a process that was killed while writing
+    if self.folder.is_dir() and not self.place.rank: remove_temporaries(self.folder)    # of a killed process
     for path in reversed(checkpoints(self.folder)):
         try: tensors,about = read_state(path)
         except TrainingError as e:
             print(f'{e} Resuming from the checkpoint before it.', flush=True)
             continue
+        self._check_processes(about.get('processes', 1))
         if about['fingerprint'] != self.fingerprint():
             raise TrainingError(f'The folder {self.folder.name} holds a training with other settings or other data; '
                                 'choose another folder, or give the same settings and data to resume.')
@@ -407,8 +521,9 @@ def _validate(self:Trainer):
     "The validation scores of an epoch; the plateau schedule gets the monitored one"
     began = time.perf_counter()
     self.measure_norms()
+    self.average_norms()
     self.seconds['norms'] = time.perf_counter() - began
-    scores = self.task.scores(self.predict(self.best_net, self.val_loader))
+    scores = self.agreed(self.task.scores(self.predict(self.best_net, self.val_loader)))
     monitored = scores[self.config.monitor]
     sign = dict(low=1, high=-1)[self.task.better[self.config.monitor]]
     if self.config.schedule == 'plateau': self.schedule.step(sign*monitored)
@@ -444,6 +559,7 @@ def fit(self:Trainer,
     "Train to the end, resuming from the last checkpoint if there is one"
     with deterministic():
         self.resume()
+        self._check_start()
         while not self.done:
             self.epoch()
             for function in on_epoch: function(self.table())
