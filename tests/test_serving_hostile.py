@@ -130,7 +130,7 @@ def test_fuzzed_requests(guarded, tmp_path):
 @pytest.mark.slow
 def test_many_fuzzed_requests(guarded, tmp_path):
     before = requests_of(guarded)
-    said = fuzz(guarded, tmp_path, 400)
+    said = fuzz(guarded, tmp_path, 1200)
     assert requests_of(guarded) - before > 2000, said[-2000:]
     assert is_healthy(guarded)
 
