@@ -145,6 +145,7 @@ def _told(desk, request_id, upload, answer):
     if desk.audit: desk.audit.write(request_id, upload.data, answer['model']['sha256'], answer)
     return answer
 
+# %% ../../nbs/969_serving.app.ipynb #d6ad8ece
 def count_unreadable(
     desk:Desk,      # With the telemetry
     found:list,     # An answer or a `Refusal` per file of a batch

@@ -52,6 +52,7 @@ def _traffic(registry):
         reloads=Counter('clot_reloads', 'Times the bundle was read again', ['result'], **new),
         audit_failures=Counter('clot_audit_failures', 'Answers that the audit log could not take', **new))
 
+# %% ../../nbs/966_serving.telemetry.ipynb #638da025
 def _answers(registry):
     "Predictions and the model"
     new, tenths = dict(registry=registry), [k/10 for k in range(1, 11)]
