@@ -553,7 +553,7 @@ def _say_missing(error):
     "The sentence and the exit code where a package is not installed; an own module that is missing is an error of ours"
     if (error.name or '').partition('.')[0] == 'strip_notebooks': raise error
     return _say(f'this needs the package {error.name}, which is not installed here. For serving, take a bundle of '
-                'ONNX Runtime, which `clot run optimize` makes; for the rest, install the whole workspace.', 2)
+                'ONNX Runtime, which `export_bundle` writes; for the rest, install the whole workspace.', 2)
 
 # %% ../nbs/990_cli.ipynb #b55b433f
 def _call(args):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from .core import StripError, nearest, plural, read_json, remove_temporaries, write_json, write_text
-from .processes import remove_worker_files
+from .processes import ending_words, remove_worker_files
 from .runs import (Owner, Run, RunError, list_runs, new_run, now, open_run, process_started,
                                  remove_new_folders, workspace)
 from .settings import step_settings, study_steps
@@ -251,14 +251,6 @@ def _stoppable(kernel):
     finally:
         for number, before in heard.items(): signal.signal(number, before)
 
-# %% ../nbs/900_experiments.ipynb #1998b21e
-def _ending(code):
-    "How a process ended, in words"
-    if code is None or code >= 0: return f'ended with the code {code}'
-    if code == -getattr(signal, 'SIGKILL', 9):
-        return 'was killed (SIGKILL), as the system does when the memory runs out'
-    return f'crashed ({signal.Signals(-code).name})'
-
 # %% ../nbs/900_experiments.ipynb #64360a9e
 def _reason(error, kernel):
     "What went wrong, without a full stop"
@@ -266,7 +258,7 @@ def _reason(error, kernel):
     if 'Kernel died' in str(error) and kernel.process:
         last = kernel.output()[-1:]
         output = f'; its last output was {last[0]!r}' if last else ''
-        return f'its process {_ending(kernel.process.wait())}{output}'
+        return f'its process {ending_words(kernel.process.wait())}{output}'
     if getattr(error, 'errno', None) == errno.EMFILE:
         return 'too many files are open; allow more with `ulimit -n`'
     if getattr(error, 'strerror', None):

@@ -14,9 +14,10 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from .benchmarks import Comparison, seconds_in_turns
+from .benchmarks import Comparison
 from .bundle import Bundle
 from .core import StripError, derive_seed, plural
+from .optimize.latency import seconds_in_turns
 from .reference_corruptions import reference_corruption, reference_names
 
 # %% ../nbs/912_study_benchmarks.ipynb #7329fbe9

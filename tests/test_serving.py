@@ -1,5 +1,5 @@
 "A real server in a process of its own, asked by curl and by clients that behave and that do not; what it says is what `clot predict` says"
-import contextlib, csv, fcntl, importlib.util, json, os, re, signal, socket, subprocess, sys, threading, time
+import contextlib, csv, importlib.util, json, os, re, signal, socket, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pandas as pd
 import psutil
 import pytest
 import tifffile
+from conftest import shared_folder
 
 from strip_notebooks.bundle import derive_bundle, load_bundle, outlier_file, parent_files, save_bundle, torch_parts
 from strip_notebooks.data.formats import write_image
@@ -46,11 +47,7 @@ def make_bundles(folder):
 @pytest.fixture(scope='session')
 def bundles(tmp_path_factory, worker_id):
     "Made once for all workers"
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == 'master' else base.parent)/'serving'
-    folder.mkdir(exist_ok=True)
-    with open(folder/'lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with shared_folder(tmp_path_factory, worker_id, 'serving') as folder:
         if not (folder/'onnx'/'bundle.json').exists(): make_bundles(folder)
     return folder
 

@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..core import StripError
 from .access import (Access, Keys, Refusal, ServerLimits, error_body, local_hosts, read_keys,
                                             request_id)
-from .app import Desk, create_app
+from .app import Shared, create_app
 from .audit import AuditLog
 from .guard import Guard
 from .service import Service, ServiceSettings
@@ -146,7 +146,7 @@ def is_ready(self:ClotServer,
     "Say that the server is ready, or end if it cannot be"
     if starting.cancelled(): return
     if starting.exception(): self.should_exit = True
-    else: self.log.info('ready: %s', self.app.state.desk.service.served.bundle)
+    else: self.log.info('ready: %s', self.app.state.shared.service.served.bundle)
 
 @patch
 def hang_up(self:ClotServer)->None:
@@ -156,7 +156,7 @@ def hang_up(self:ClotServer)->None:
 @patch
 async def reload(self:ClotServer)->None:
     "Load the model again, and say whether another one answers now"
-    service = self.app.state.desk.service
+    service = self.app.state.shared.service
     try: changed = await service.reload()
     except StripError as e: self.log.error('not reloaded, so the old model keeps answering: %s', e)
     else: self.log.info('%s: %s', 'another model answers' if changed else 'the same model', service.served.bundle)
@@ -202,7 +202,7 @@ def make_server(
     works = Service(service)
     telemetry = watched(works)
     audit = AuditLog(settings.audit, failed=telemetry.audit_failures.inc) if settings.audit else None
-    app = create_app(Desk(works, settings.access, telemetry, audit, settings.page))
+    app = create_app(Shared(works, settings.access, telemetry, audit, settings.page))
     protocol = type('LimitedProtocol', (ClotProtocol,), dict(limits=service.limits))
     guard = Guard(app, settings.access, service.limits)
     counted = Counted(guard, telemetry, [route.path for route in app.routes])
