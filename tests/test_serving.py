@@ -17,6 +17,7 @@ from strip_notebooks.data.preprocess import Preprocessing
 from strip_notebooks.models import create_model
 from strip_notebooks.optimize.export import export_bundle
 from strip_notebooks.predict import predict_files
+from strip_notebooks.reference import make_reference
 from strip_notebooks.uncertainty.outliers import fit_limit
 
 KEY, METRICS_KEY = 'correct-horse-battery-staple', 'another-long-enough-key'
@@ -40,7 +41,8 @@ def make_bundles(folder):
     seen = pd.DataFrame(dict(patient_id=[f'{k}' for k in range(60)], label=['CE', 'CE', 'LAA', 'LAA']*15, split=['train', 'val']*30))
     fit = fit_limit(plain.outputs(noise(60))['features'], seen, plain.classes)
     middle = float(np.median(1 - plain.probabilities(noise(9))[:, 1]))
-    changes = dict(outliers=fit.limit, conformal=dict(level=.9, limits=[1., middle], patients=[20, 20]))
+    usual = make_reference(plain.probabilities(noise(60)), ['LAA', 'CE']*30, plain.classes, np.linspace(.4, 1.1, 60)).model_dump()
+    changes = dict(outliers=fit.limit, conformal=dict(level=.9, limits=[1., middle], patients=[20, 20]), reference=usual)
     full = load_bundle(derive_bundle(plain, folder/'torch', {**parent_files(plain), outlier_file: fit.data}, **changes))
     export_bundle(full, folder/'onnx', noise(8))
 
