@@ -110,10 +110,11 @@ def idle(self:ClotProtocol)->bool:
 
 @patch
 def make_room(self:ClotProtocol)->None:
-    "Close a connection if there are too many: the oldest that is idle, or else this one"
+    "Close a connection if there are too many: the oldest that is idle, or else still sends, or else this one"
     if len(self.connections) <= self.limits.connections: return
-    others = [c for c in self.connections if c is not self and c.idle and not c.transport.is_closing()]
-    min(others, key=lambda c: c.made, default=self).transport.close()
+    others = [c for c in self.connections if c is not self and not c.transport.is_closing()]
+    free = [c for c in others if c.idle] or [c for c in others if c.conn.their_state is h11.SEND_BODY]
+    min(free, key=lambda c: c.made, default=self).transport.close()
 
 # %% ../../nbs/970_serving.server.ipynb #e9af32db
 class ClotServer(uvicorn.Server):
