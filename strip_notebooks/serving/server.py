@@ -19,7 +19,7 @@ from ..core import StripError
 from .access import (Access, Keys, Refusal, ServerLimits, error_body, local_hosts, read_keys,
                                             request_id)
 from .app import Shared, create_app
-from .audit import AuditLog
+from .audit_log import AuditLog
 from .guard import Guard
 from .service import Service, ServiceSettings
 from .telemetry import Counted, Telemetry
