@@ -11,21 +11,7 @@ import argparse, contextlib, logging, os, shlex, shutil, signal, sys, textwrap, 
 from pathlib import Path
 
 from . import __version__
-from .core import StripError, nearest, plural
-
-# %% ../nbs/990_cli.ipynb #05060c07
-def _read_yaml(file):
-    "The names and values of a YAML file; a `StripError` that names the line if it is not one"
-    import yaml
-    if not Path(file).is_file(): raise StripError(f'{file!r} is not a file; name a YAML file of parameters.')
-    try: given = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
-    except yaml.MarkedYAMLError as e:
-        line = f' in line {e.problem_mark.line + 1}' if e.problem_mark else ''
-        raise StripError(f'{file} is not readable as YAML: {e.problem}{line}.') from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
-        raise StripError(f'{file} is not readable as YAML: {str(e).splitlines()[0]}.') from None
-    if not isinstance(given, dict): raise StripError(f'{file} must hold lines of the form "name: value".')
-    return {str(name): value for name, value in given.items()}
+from .core import StripError, nearest, plural, read_yaml
 
 # %% ../nbs/990_cli.ipynb #580ab8fe
 def gather_parameters(
@@ -33,7 +19,7 @@ def gather_parameters(
     file=None,      # A YAML file of names and values
 )->dict:            # Name -> value, the pairs' as text
     "The parameters given on a command line"
-    given = {} if file is None else _read_yaml(file)
+    given = {} if file is None else read_yaml(file)
     for pair in pairs:
         name, sign, value = pair.partition('=')
         if not sign or not name: raise StripError(f'-p {pair!r} is not of the form name=value.')

@@ -129,6 +129,7 @@ class Status(Owner):
     error:str = ''          # Why it failed or was interrupted
     attempts:int = 1        # How often it was started
     notebook:str = ''       # The notebook that it executes, where that is none of the experiments
+    part_of:str = ''        # The search or batch that started it, and as what, such as 'RUN/3'
     links:dict = field(default_factory=dict)  # Step -> path of the run it builds on, relative to the folder of runs
 
 # %% ../nbs/040_runs.ipynb #6bd474a1
@@ -218,11 +219,12 @@ def new_run(
     root=None,          # The folder of all runs; None is the workspace's runs/
     notebook='',        # The user's own notebook that it executes; a copy is kept in the run
     threads:int|None=None,  # Threads of one process; None asks the machine
+    part_of:str='',         # The search or batch that starts it, and as what
 )->Run:                 # In the state 'running', by this process
     "Create a run folder that no earlier run has had"
     stamp, folder = datetime.now(timezone.utc).strftime('%Y-%m-%d_%H%M%S'), Path(root or workspace()/'runs')
     own = str(Path(notebook).resolve()) if notebook else ''
-    status = Status(**asdict(Owner.this()), step=step, started=now(), notebook=own)
+    status = Status(**asdict(Owner.this()), step=step, started=now(), notebook=own, part_of=part_of)
     with _new_folder(folder) as new:
         write_json(new/'parameters.json', parameters)
         write_json(new/'environment.json', environment(parameters.get('seed'), threads))    # takes a second
