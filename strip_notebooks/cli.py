@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gather_parameters', 'run_command', 'runs_command', 'demo_parameters', 'demo_command', 'predict_command',
-           'evaluate_command', 'parser', 'main']
+           'evaluate_command', 'search_command', 'batch_command', 'parser', 'main']
 
 # %% ../nbs/990_cli.ipynb #1277d198
 import argparse, contextlib, logging, os, shlex, shutil, signal, sys, textwrap, threading
@@ -83,6 +83,18 @@ def run_command(
     print(_summary(run) + f'finished: {run.path}')
 
 # %% ../nbs/990_cli.ipynb #184b0207
+def _count(row, name):
+    "A number of a row as an int; 0 where it has none"
+    value = row.get(name, float('nan'))
+    return int(value) if value == value else 0
+
+def _of_many(row, said):
+    "The result of a search, a trial or a batch, in words; `said` for other runs"
+    if row.get('step') == 'batch' and _count(row, 'jobs'): return f"{plural(_count(row, 'jobs'), 'job')}, {_count(row, 'failed')} failed"
+    if row.get('step') == 'search' and _count(row, 'trials'): return f"best of {plural(_count(row, 'trials'), 'trial')}: {said}"
+    if row.get('step') == 'search_trial' and _count(row, 'stopped_after'): return f"{said}, stopped after {plural(_count(row, 'stopped_after'), 'epoch')}"
+    return said
+
 def _found(row):
     "The AUC of a run, or the first line of its error; empty if it has neither"
     from strip_notebooks.statistics import Estimate
@@ -90,7 +102,8 @@ def _found(row):
     values = [row.get(f'test_auc{end}', float('nan')) for end in ('', '_low', '_high')]
     if values[0] == values[0]: return f'test AUC {Estimate(*values)}'
     validation = row.get('validation_auc', float('nan'))
-    return f'validation AUC {validation:.2f}' if validation == validation else ''
+    said = f'validation AUC {validation:.2f}' if validation == validation else ''
+    return _of_many(row, said)
 
 # %% ../nbs/990_cli.ipynb #8120c637
 def _list_lines(table):
@@ -358,6 +371,29 @@ def evaluate_command(
     run = run_experiment('evaluate_table', {**parameters, **gather_parameters(args.p, args.f)}, args.runs, show=False)
     print(_summary(run) + f'report: {run.report}')
 
+# %% ../nbs/990_cli.ipynb #9e65afdb
+def search_command(
+    args,   # The parsed words after `clot search`
+)->None:
+    "Search parameters as a YAML file says, or continue; or print an example of such a file"
+    if args.example:
+        from strip_notebooks.search.space import example_search
+        return print(example_search, end='')
+    if not args.file: raise StripError('Name the YAML file of the search; `clot search --example` prints one to begin with.')
+    from strip_notebooks.searches import run_search
+    run = run_search(args.file, args.trials, args.workers, args.engine, args.address, args.runs)
+    print(_summary(run) + f'finished: {run.path}')
+
+def batch_command(
+    args,   # The parsed words after `clot batch`
+)->None:
+    "Run the notebooks that a YAML file names, or those that are left; or print an example of such a file"
+    from strip_notebooks.batch import example_batch, run_batch
+    if args.example: return print(example_batch, end='')
+    if not args.file: raise StripError('Name the YAML file of the batch; `clot batch --example` prints one to begin with.')
+    run = run_batch(args.file, args.workers, args.engine, args.address, args.runs)
+    print(_summary(run) + f'finished: {run.path}')
+
 # %% ../nbs/990_cli.ipynb #c59342c5
 def _add_parameters(command, example):
     "The two ways to give parameters"
@@ -433,6 +469,25 @@ def _add_evaluate(command):
             type=float)
     _add_parameters(command, 'resamples=5000')
 
+# %% ../nbs/990_cli.ipynb #96a6cff5
+def _add_engine(command, what):
+    "The options of commands that start many runs"
+    command.add_argument('--example', action='store_true', help='print a commented example of the file')
+    _option(command, 'workers', 'N', f'{what} at the same time, each with its share of the cores; default 1', type=int, default=1)
+    _option(command, 'engine', 'NAME', 'where they compute: local, dask (with --address) or slurm; default local', default='local')
+    _option(command, 'address', 'ADDRESS', 'of a Dask scheduler, such as tcp://host:8786', default='')
+
+def _add_search(command):
+    "The options of `clot search`"
+    command.add_argument('file', nargs='?', metavar='SEARCH.YAML', help='metric, sampler, what is fixed and what varies')
+    _option(command, 'trials', 'N', 'trials in all, instead of what the file says', type=int)
+    _add_engine(command, 'trials')
+
+def _add_batch(command):
+    "The options of `clot batch`"
+    command.add_argument('file', nargs='?', metavar='BATCH.YAML', help='notebooks with parameters, or products of them')
+    _add_engine(command, 'jobs')
+
 # %% ../nbs/990_cli.ipynb #5e72f7d3
 _about = ('Predicts whether a clot came from the heart (CE) or a large artery (LAA) from images, per patient and with '
           'intervals. For research only.')
@@ -455,6 +510,10 @@ def parser()->argparse.ArgumentParser:
     _add_runs(command('runs', runs_command, 'list all runs, or compare training runs on their test patients'))
     _add_predict(command('predict', predict_command, 'predict new images with a trained model; no labels needed'))
     _add_evaluate(command('evaluate', evaluate_command, "evaluate someone else's predictions: tables, figures, report"))
+    _add_search(command('search', search_command, 'search the best parameters of prepare and train on validation patients',
+                        epilog='Killed? The same command continues. More --trials later? They are added.'))
+    _add_batch(command('batch', batch_command, 'run many notebooks with parameters, several at once',
+                       epilog='Killed, or jobs failed? The same command does what is left.'))
     return main
 
 # %% ../nbs/990_cli.ipynb #85399e47

@@ -408,7 +408,7 @@ def find_run(
                           f'create one with `clot run {steps[0]}`.')
 
 # %% ../nbs/900_experiments.ipynb #eeb5408a
-builds_on = dict(**dict.fromkeys(['train', 'trial', 'crossval'], ('prepare_run', ['prepare'])),
+builds_on = dict(**dict.fromkeys(['train', 'search_trial', 'crossval'], ('prepare_run', ['prepare'])),
                  derive=('train_run', ['train']),
                  **dict.fromkeys(['evaluate', *study_steps], ('train_run', ['train', 'derive'])),
                  report=('evaluate_run', ['evaluate']))
@@ -536,7 +536,7 @@ def _minutes(status):
     began, ended = (datetime.fromisoformat(t) for t in (status.started, status.ended or now()))
     return f'{(ended - began).total_seconds()/60:.1f}'
 
-_trainings = ['train', 'trial', 'crossval']
+_trainings = ['train', 'search_trial', 'crossval']
 
 def _settings_of(run):
     "data, model, epochs, seed and minutes of a run, as text"
