@@ -6,7 +6,7 @@
 __all__ = ['Search', 'check_search', 'finished_search', 'open_search', 'held_out_patients', 'trial_line', 'check_outer',
            'run_search']
 
-# %% ../nbs/906_searches.ipynb #5642dccf
+# %% ../nbs/906_searches.ipynb #673eccf8
 import os, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .search.trials import (TrialResult, best_trial, next_round, open_study, rec
 from .series import Series, earlier_series, find_part, open_series
 from .settings import step_settings
 
-# %% ../nbs/906_searches.ipynb #b0a953c7
+# %% ../nbs/906_searches.ipynb #2d40460c
 @dataclass(frozen=True)
 class Search:
     "A search that is being worked on"
@@ -51,7 +51,7 @@ def check_search(
     _names(plan, fixed)
     return space, fixed
 
-# %% ../nbs/906_searches.ipynb #7c9dc3c2
+# %% ../nbs/906_searches.ipynb #d27342ea
 def _identity(plan): return content_hash(plan.model_dump(exclude={'trials'}))
 
 def finished_search(
@@ -84,7 +84,7 @@ def open_search(
     earlier = [r for r in earlier_series('search', _identity(plan), root) if r.state == 'finished']
     return _inherit(series, earlier[-1]) if earlier else series
 
-# %% ../nbs/906_searches.ipynb #af35cd34
+# %% ../nbs/906_searches.ipynb #e23ee7b9
 def held_out_patients(
     run,        # The name of a run of prepare
     root,       # The folder of all runs
@@ -115,7 +115,7 @@ def base(self:Search)->Run:
     self.run.link(found)
     return found
 
-# %% ../nbs/906_searches.ipynb #bc699f14
+# %% ../nbs/906_searches.ipynb #c01b9f90
 def _varied(params, step):
     "The parameters of one step among those of a trial"
     return {name.partition('.')[2]: v for name, v in params.items() if name.startswith(f'{step}.')}
@@ -136,7 +136,7 @@ def prepared(self:Search,
         answers[key] = answer if same else Answer(error=f'{answer.value} has other test patients than {base.name}.')
     return {n: answers[key] for n, key in keys.items()}
 
-# %% ../nbs/906_searches.ipynb #b4b1d9ac
+# %% ../nbs/906_searches.ipynb #d18f1e2a
 @patch
 def trial_call(self:Search,
     part:str,           # Which part of the search it is
@@ -159,7 +159,7 @@ def _found(search, part, answer):
     metrics, curve = run.metrics, run.table('history')[search.plan.better].tolist()
     return TrialResult(metrics[search.plan.metric], curve, metrics['stopped_after'], run.name)
 
-# %% ../nbs/906_searches.ipynb #3fccf2d3
+# %% ../nbs/906_searches.ipynb #e86d4ead
 def _best_words(results, plan):
     "The best score among some results, as the end of a line"
     scores = {n: r.score for n, r in results.items() if not r.stopped and not r.error}
@@ -184,7 +184,7 @@ def trial_line(
     done = sum(1 for r in results.values())
     return f'[{done}/{total}] trial {trial.number} ({given}): {score}{_best_words(results, plan)}'
 
-# %% ../nbs/906_searches.ipynb #c6e122d7
+# %% ../nbs/906_searches.ipynb #d12faafc
 @patch
 def run_round(self:Search,
     study,          # From `open_study`
@@ -224,7 +224,7 @@ def report(self:Search,
     self.run.log(line)
     self.say(line)
 
-# %% ../nbs/906_searches.ipynb #e88abbd3
+# %% ../nbs/906_searches.ipynb #e70a89ea
 @patch
 def run_study(self:Search,
     name:str='main',    # main, or outer0 and so on for the searches without an outer fold
@@ -237,7 +237,7 @@ def run_study(self:Search,
     while trials := next_round(study, self.plan, self.space, self.series.size): self.run_round(study, trials, name)
     return study
 
-# %% ../nbs/906_searches.ipynb #aba2fb72
+# %% ../nbs/906_searches.ipynb #30d36c4d
 def check_outer(
     prepare_run:str,    # The name of a run of prepare
     root:str,           # The folder of all runs
@@ -260,7 +260,7 @@ def check_patients(self:Search)->None:
     cases = [dict(common, outer=o, outer_test=test) for o in range(plan.nested) for test in (False, True)]
     check_outer(base.name, str(self.series.root), [common, *cases])
 
-# %% ../nbs/906_searches.ipynb #41743d4c
+# %% ../nbs/906_searches.ipynb #720453f7
 @patch
 def outer_scores(self:Search):
     "Search without each outer fold and test the winner on it; the table of `optimism`, and of all these trials"
@@ -281,7 +281,7 @@ def outer_scores(self:Search):
     trials = pd.concat([t.assign(outer=o) for o, t in enumerate(tables.values())], ignore_index=True)
     return optimism(*judged, self.plan.metric, seed=self.plan.seed), trials
 
-# %% ../nbs/906_searches.ipynb #02395dd1
+# %% ../nbs/906_searches.ipynb #265e7569
 @patch
 def save_figures(self:Search,
     study,  # The finished study
@@ -291,9 +291,11 @@ def save_figures(self:Search,
     import matplotlib
     matplotlib.use('Agg')
     from strip_notebooks.search import figures
-    self.run.save_figure(figures.search_figure(table, self.plan), 'history', dpi=150)
-    self.run.save_figure(figures.slice_figure(table, self.plan, self.space), 'slices', dpi=150)
-    self.run.save_figure(figures.parallel_figure(table, self.plan, self.space), 'parallel', dpi=150)
+    drawn = dict(history=figures.search_figure(table, self.plan),
+                 slices=figures.slice_figure(table, self.plan, self.space),
+                 parallel=figures.parallel_figure(table, self.plan, self.space))
+    for name, figure in drawn.items():
+        if figure is not None: self.run.save_figure(figure, name, dpi=150)
     shares = figures.importances(study)
     if len(shares):
         self.run.save_figure(figures.importance_figure(shares), 'importance', dpi=150)
@@ -315,7 +317,7 @@ def save_best(self:Search,
     for step, values in steps.items(): write_text(self.run.path/f'best-{step}.yaml', best_yaml(values, step, said))
     return [self.run.path/f'best-{step}.yaml' for step in steps]
 
-# %% ../nbs/906_searches.ipynb #8d084758
+# %% ../nbs/906_searches.ipynb #2e768a81
 def _lead(table, plan):
     "What a search found, in lines"
     best, counts = best_trial(table, plan), table.state.value_counts()
@@ -348,7 +350,7 @@ def finish(self:Search,
     self.run.save_summary('\n'.join(lines))
     self.run.finish()
 
-# %% ../nbs/906_searches.ipynb #ef49fbbe
+# %% ../nbs/906_searches.ipynb #97754c09
 def _do(search):
     "Do all that is left of a search; its run is marked whatever happens"
     try:

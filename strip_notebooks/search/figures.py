@@ -6,7 +6,7 @@
 __all__ = ['metric_words', 'search_figure', 'importances', 'importance_figure', 'slice_figure', 'parallel_figure',
            'best_parameters', 'best_yaml']
 
-# %% ../../nbs/458_search.figures.ipynb #f9e49b37
+# %% ../../nbs/458_search.figures.ipynb #47e896ce
 import warnings
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..core import figure_name, okabe_ito, short_name
 from .space import SearchPlan, read_space, search_metrics
 from .trials import best_trial, trial_table
 
-# %% ../../nbs/458_search.figures.ipynb #bef33618
+# %% ../../nbs/458_search.figures.ipynb #27733827
 metric_words = dict(validation_auc='validation AUC, per patient', validation_weighted_log_loss='validation log loss, per patient')
 
 def _despine(ax):
@@ -40,7 +40,7 @@ def search_figure(
     _despine(ax)
     return fig
 
-# %% ../../nbs/458_search.figures.ipynb #ab516e5e
+# %% ../../nbs/458_search.figures.ipynb #f6ded859
 def importances(
     study,              # From `open_study`
     least:int=10,       # Finished trials that are needed
@@ -68,7 +68,7 @@ def importance_figure(
     _despine(ax)
     return fig
 
-# %% ../../nbs/458_search.figures.ipynb #6248420d
+# %% ../../nbs/458_search.figures.ipynb #2e4136fd
 def _positions(dimension, values):
     "Where the values of a parameter are on an axis"
     if dimension.choices: return np.array([dimension.choices.index(v) for v in values], float)
@@ -95,7 +95,7 @@ def slice_figure(
     import matplotlib.pyplot as plt
     shown, columns = _shown(table), 2 if len(space) == 4 else min(3, len(space))
     lines = -(-len(space)//columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(.6 + 1.7*columns, .3 + 1.7*lines), sharey=True, squeeze=False,
+    fig, axes = plt.subplots(lines, columns, figsize=(max(3., .6 + 1.7*columns), .8 + 1.7*lines), sharey=True, squeeze=False,
                              layout='constrained')
     for ax in axes.flat[len(space):]: ax.remove()
     for dimension, ax in zip(space, axes.flat):
@@ -103,10 +103,10 @@ def slice_figure(
         ax.scatter(_positions(dimension, shown[dimension.name]), shown.score, c=colors, s=14, alpha=.7, linewidths=0)
         _axis(ax, dimension)
         _despine(ax)
-    fig.supylabel(metric_words[plan.metric], fontsize=9)
+    fig.supylabel(metric_words[plan.metric], fontsize=8)
     return fig
 
-# %% ../../nbs/458_search.figures.ipynb #a3834406
+# %% ../../nbs/458_search.figures.ipynb #f2149452
 def _heights(dimension, values):
     "The values of a parameter as heights, 0 to 1"
     if dimension.choices: return _positions(dimension, values)/max(1, len(dimension.choices) - 1)
@@ -125,12 +125,13 @@ def parallel_figure(
     table:pd.DataFrame, # From `trial_table`
     plan:SearchPlan,    # The search
     space:list,         # From `read_space`
-):                      # Matplotlib figure
+):                      # Matplotlib figure; None for one parameter, or fewer than two different scores
     "Each trial as a line through its parameters; the better, the darker"
     import matplotlib.pyplot as plt
     shown = _shown(table).sort_values('score', ascending=plan.direction == 'maximize', kind='stable')
+    if len(space) < 2 or shown.score.nunique() < 2: return None
     fig, ax = plt.subplots(figsize=(1 + 1.25*max(2, len(space)), 2.8), layout='constrained')
-    heights = np.stack([_heights(d, shown[d.name]) for d in space], 1) if len(shown) else np.zeros((0, len(space)))
+    heights = np.stack([_heights(d, shown[d.name]) for d in space], 1)
     norm = plt.Normalize(shown.score.min(), shown.score.max())
     colors = plt.get_cmap('cividis_r' if plan.direction == 'maximize' else 'cividis')
     for line, score in zip(heights, shown.score): ax.plot(line, color=colors(norm(score)), lw=1.2, alpha=.8)
@@ -145,7 +146,7 @@ def parallel_figure(
     bar.ax.tick_params(labelsize=8)
     return fig
 
-# %% ../../nbs/458_search.figures.ipynb #58a97c63
+# %% ../../nbs/458_search.figures.ipynb #f098d062
 def _yaml(values, about):
     "Names and values as YAML with a comment above"
     import yaml

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['judged_score', 'optimism', 'optimism_sentence']
 
-# %% ../../nbs/457_search.nested.ipynb #3a62a4a3
+# %% ../../nbs/457_search.nested.ipynb #70272536
 import numpy as np
 import pandas as pd
 
@@ -13,7 +13,7 @@ from ..core import StripError
 from ..predictions import classes_of
 from ..statistics import Estimate, auc, interval, resampled, weighted_log_loss
 
-# %% ../../nbs/457_search.nested.ipynb #0e3756bd
+# %% ../../nbs/457_search.nested.ipynb #f644efd8
 def _score(fold, metric, weights):
     "The metric of one fold, of the data or of each resample"
     classes = classes_of(fold)
@@ -33,7 +33,7 @@ def judged_score(
     if weights is None: return float(np.mean([_score(f, metric, None) for f in folds]))
     return np.mean([_score(f, metric, weights[:, patients.get_indexer(f.patient_id)]) for f in folds], axis=0)
 
-# %% ../../nbs/457_search.nested.ipynb #d4fef04d
+# %% ../../nbs/457_search.nested.ipynb #5c603181
 def optimism(
     inner:list,             # Of the winner in each outer fold: the table of its judges
     outer:list,             # Of the same winner: the table of the outer fold
@@ -52,16 +52,17 @@ def optimism(
             interval(drawn[:, 0] - drawn[:, 1], value[0] - value[1])]
     return pd.DataFrame(rows, index=pd.Index(['inner best', 'outer', 'difference'], name='score'), columns=Estimate._fields)
 
-# %% ../../nbs/457_search.nested.ipynb #11307f54
+# %% ../../nbs/457_search.nested.ipynb #64757f24
 def optimism_sentence(
     table:pd.DataFrame, # From `optimism`
     metric:str,         # validation_auc or validation_weighted_log_loss
 )->str:
     "What a nested search shows, in a sentence"
     inner, outer, gap = (Estimate(*row) for row in table[list(Estimate._fields)].to_numpy())
-    word = 'log loss' if metric == 'validation_weighted_log_loss' else 'AUC'
-    sign = -1 if word == 'log loss' else 1
-    low, high = sorted([sign*gap.low, sign*gap.high])
-    shown = 'the choice flatters' if low > 0 else 'not distinguishable from no difference'
-    return (f'Nested search, per patient: the winners have a mean {word} of {inner.value:.2f} on the patients who chose them, '
-            f'and of {outer} on others. Difference {gap.value:.2f} (95 % CI {gap.low:.2f} to {gap.high:.2f}): {shown}.')
+    loss = metric == 'validation_weighted_log_loss'
+    said = (f'Nested search, per patient: the winners have a mean {"log loss" if loss else "AUC"} of {inner.value:.2f} on the '
+            f'patients who chose them, and of {outer} on others.')
+    if np.isnan(gap.low): return f'{said} Too few patients for an interval of the difference.'
+    flatters = gap.high < 0 if loss else gap.low > 0
+    shown = 'the choice flatters' if flatters else 'no optimism is shown, and none excluded'
+    return f'{said} Difference {gap.value:.2f} (95 % CI {gap.low:.2f} to {gap.high:.2f}): {shown}.'
