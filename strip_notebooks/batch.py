@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['example_batch', 'Job', 'read_jobs', 'check_jobs', 'job_table', 'run_batch']
 
-# %% ../nbs/904_batch.ipynb #2211e6c9
+# %% ../nbs/904_batch.ipynb #28d083f4
 from dataclasses import dataclass
 from itertools import product
 
@@ -14,10 +14,10 @@ import pandas as pd
 from .core import StripError, content_hash, nearest, plural, read_yaml
 from .engines import open_engine
 from .experiments import check_parameters, experiment_path, find_run, remove_leftovers
-from .runs import Run, workspace
-from .series import earlier_series, find_part, open_series
+from .runs import Run, find_part, workspace
+from .series import earlier_series, open_series
 
-# %% ../nbs/904_batch.ipynb #a157d259
+# %% ../nbs/904_batch.ipynb #f1acc859
 example_batch = '''# clot batch batch.yaml --workers 2
 jobs:
   - notebook: train           # a step, as in `clot run STEP`, or the path of a notebook
@@ -30,7 +30,7 @@ jobs:
     parameters: {folds: 3}
 '''
 
-# %% ../nbs/904_batch.ipynb #7abb2a08
+# %% ../nbs/904_batch.ipynb #70349b9a
 @dataclass(frozen=True)
 class Job:
     "One notebook of a batch"
@@ -49,13 +49,14 @@ def _entry(entry, number):
     if not isinstance(entry, dict): raise StripError(f'{where}: it must hold a line "notebook: train".')
     for word in entry:
         if word not in _words: raise StripError(f'{where}: there is no {word!r}{nearest(word, _words)}')
-    if not isinstance(entry.get('notebook'), str): raise StripError(f'{where}: name a notebook, such as "notebook: train".')
+    if not isinstance(entry.get('notebook'), str):
+        raise StripError(f'{where}: name a notebook, such as "notebook: train".')
     parts = [entry.get(word) or {} for word in _words[1:]]
     for word, part in zip(_words[1:], parts):
         if not isinstance(part, dict): raise StripError(f'{where}: {word} must hold lines of the form "name: value".')
     return entry['notebook'], *parts
 
-# %% ../nbs/904_batch.ipynb #99d4eb6c
+# %% ../nbs/904_batch.ipynb #20980e06
 def _combinations(choices, where):
     "One dict per combination of the lists of a product"
     for name, values in choices.items():
@@ -76,36 +77,40 @@ def read_jobs(
     for number, entry in enumerate(given['jobs'], 1):
         notebook, parameters, choices = _entry(entry, number)
         both = sorted(set(parameters) & set(choices))
-        if both: raise StripError(f'jobs, entry {number}: {both[0]} is under parameters and under product; leave one out.')
-        jobs += [Job(notebook, {**parameters, **c}) for c in _combinations(choices, f'jobs, entry {number}')]
+        where = f'jobs, entry {number}'
+        if both: raise StripError(f'{where}: {both[0]} is under parameters and under product; leave one out.')
+        jobs += [Job(notebook, {**parameters, **c}) for c in _combinations(choices, where)]
     return jobs
 
-# %% ../nbs/904_batch.ipynb #20942e59
+# %% ../nbs/904_batch.ipynb #fff909cf
 def check_jobs(
     jobs:list,  # From `read_jobs`
 )->None:
-    "Raise a `StripError` for the first job with an unknown notebook or wrong parameters, and for a job that is there twice"
+    "Raise a `StripError` for the first job with an unknown notebook or wrong parameters, or that is there twice"
     for number, job in enumerate(jobs, 1):
         try: check_parameters(experiment_path(job.notebook), job.parameters)
         except StripError as e: raise StripError(f'Job {number} ({job.words()}): {e}') from None
         if job in jobs[:number - 1]: raise StripError(f'Job {number} ({job.words()}) is there twice; leave one out.')
 
-# %% ../nbs/904_batch.ipynb #d35e1403
+# %% ../nbs/904_batch.ipynb #8ea0cfb8
 def _row(job, number, series):
     "The row of a job in the table of a batch"
     run = find_part(f'{series.run.name}/{number}', series.root)
     error = (run.status.error.splitlines() or [''])[0] if run else ''
-    return dict(job=number, notebook=job.notebook, state=run.state if run else 'waiting', run=run.name if run else '',
-                error=error, **{k: str(v) for k, v in job.parameters.items() if k not in ('job', 'state', 'run', 'error')})
+    own = dict(job=number, notebook=job.notebook, state=run.state if run else 'waiting', run=run.name if run else '',
+               error=error)
+    return {**{k: str(v) for k, v in job.parameters.items()}, **own}
 
 def job_table(
     jobs:list,  # From `read_jobs`
     series,     # From `open_series`
 )->pd.DataFrame:# job (from 1), notebook, state, run, error; then the parameters
     "One row per job, as it is now"
-    return pd.DataFrame([_row(job, k, series) for k, job in enumerate(jobs, 1)])
+    first = ['job', 'notebook', 'state', 'run', 'error']
+    table = pd.DataFrame([_row(job, k, series) for k, job in enumerate(jobs, 1)])
+    return table[first + [c for c in table if c not in first]]
 
-# %% ../nbs/904_batch.ipynb #13b25023
+# %% ../nbs/904_batch.ipynb #ee3a73df
 def _work(jobs, series, engine, say):
     "Do all jobs that have not finished; the error of each that failed"
     table, errors = job_table(jobs, series), {}
@@ -113,14 +118,18 @@ def _work(jobs, series, engine, say):
     done = len(jobs) - len(left)
     if done: say(f'{plural(done, "job")} of {len(jobs)} had finished.')
     calls = [series.call(str(k), jobs[k - 1].notebook, jobs[k - 1].parameters) for k in left]
-    for at, answer in engine.run(calls):
-        k, done = left[at], done + 1
-        if answer.error: errors[k] = answer.error
-        ended = f'failed: {answer.error}' if answer.error else f'finished: {answer.value}'
-        say(f'[{done}/{len(jobs)}] job {k} ({jobs[k - 1].words()}) {ended}')
+    try:
+        for at, answer in engine.run(calls):
+            k, done = left[at], done + 1
+            if answer.error: errors[k] = answer.error
+            ended = f'failed: {answer.error}' if answer.error else f'finished: {answer.value}'
+            say(f'[{done}/{len(jobs)}] job {k} ({jobs[k - 1].words()}) {ended}')
+    except BaseException:
+        series.run.finish('stopped', interrupted=True)
+        raise
     return errors
 
-# %% ../nbs/904_batch.ipynb #b37236ba
+# %% ../nbs/904_batch.ipynb #75419e5d
 def _end(jobs, series, errors):
     "Write what a batch leaves; the sentence about its failures"
     run, failed = series.run, [f'job {k} ({jobs[k - 1].words()}): {e}' for k, e in sorted(errors.items())]
@@ -129,6 +138,7 @@ def _end(jobs, series, errors):
     run.save_summary('\n'.join([f'{plural(len(jobs), "job")}, {len(failed)} failed.', *failed]))
     return f'{len(failed)} of {plural(len(jobs), "job")} failed: {"; ".join(failed)}' if failed else ''
 
+# %% ../nbs/904_batch.ipynb #01837872
 def run_batch(
     file,           # A YAML file
     workers:int=1,  # Jobs at the same time
@@ -147,11 +157,7 @@ def run_batch(
     remove_leftovers(root)
     with open_engine(engine, workers, address, workspace()) as opened:
         series = open_series('batch', dict(jobs=[j.words() for j in jobs]), identity, workers, root)
-        try: errors = _work(jobs, series, opened, say)
-        except BaseException:
-            series.run.finish('stopped', interrupted=True)
-            raise
-    failures = _end(jobs, series, errors)
+        failures = _end(jobs, series, _work(jobs, series, opened, say))
     series.run.finish(failures)
     if failures: raise StripError(f'{failures} Fixed? The same command resumes what failed.')
     return series.run

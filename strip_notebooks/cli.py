@@ -90,10 +90,11 @@ def _count(row, name):
 
 def _of_many(row, said):
     "The result of a search, a trial or a batch, in words; `said` for other runs"
-    if row.get('step') == 'batch' and _count(row, 'jobs'): return f"{plural(_count(row, 'jobs'), 'job')}, {_count(row, 'failed')} failed"
-    if row.get('step') == 'search' and _count(row, 'trials'): return f"best of {plural(_count(row, 'trials'), 'trial')}: {said}"
-    if row.get('step') == 'search_trial' and _count(row, 'stopped_after'): return f"{said}, stopped after {plural(_count(row, 'stopped_after'), 'epoch')}"
-    return said
+    jobs, trials, stopped = (_count(row, name) for name in ('jobs', 'trials', 'stopped_after'))
+    step = row.get('step')
+    if step == 'batch' and jobs: return f"{plural(jobs, 'job')}, {_count(row, 'failed')} failed"
+    if step == 'search' and trials: return f'best of {plural(trials, "trial")}: {said}'
+    return f'{said}, stopped after {plural(stopped, "epoch")}' if step == 'search_trial' and stopped else said
 
 def _found(row):
     "The AUC of a run, or the first line of its error; empty if it has neither"
@@ -379,7 +380,7 @@ def search_command(
     if args.example:
         from strip_notebooks.search.space import example_search
         return print(example_search, end='')
-    if not args.file: raise StripError('Name the YAML file of the search; `clot search --example` prints one to begin with.')
+    if not args.file: raise StripError('Name the YAML file of the search; `clot search --example` prints one.')
     from strip_notebooks.searches import run_search
     run = run_search(args.file, args.trials, args.workers, args.engine, args.address, args.runs)
     print(_summary(run) + f'finished: {run.path}')
@@ -390,7 +391,7 @@ def batch_command(
     "Run the notebooks that a YAML file names, or those that are left; or print an example of such a file"
     from strip_notebooks.batch import example_batch, run_batch
     if args.example: return print(example_batch, end='')
-    if not args.file: raise StripError('Name the YAML file of the batch; `clot batch --example` prints one to begin with.')
+    if not args.file: raise StripError('Name the YAML file of the batch; `clot batch --example` prints one.')
     run = run_batch(args.file, args.workers, args.engine, args.address, args.runs)
     print(_summary(run) + f'finished: {run.path}')
 
@@ -473,13 +474,16 @@ def _add_evaluate(command):
 def _add_engine(command, what):
     "The options of commands that start many runs"
     command.add_argument('--example', action='store_true', help='print a commented example of the file')
-    _option(command, 'workers', 'N', f'{what} at the same time, each with its share of the cores; default 1', type=int, default=1)
-    _option(command, 'engine', 'NAME', 'where they compute: local, dask (with --address) or slurm; default local', default='local')
+    _option(command, 'workers', 'N', f'{what} at the same time, each with its share of the cores; default 1',
+            type=int, default=1)
+    _option(command, 'engine', 'NAME', 'where they compute: local, dask (with --address) or slurm; default local',
+            default='local')
     _option(command, 'address', 'ADDRESS', 'of a Dask scheduler, such as tcp://host:8786', default='')
 
 def _add_search(command):
     "The options of `clot search`"
-    command.add_argument('file', nargs='?', metavar='SEARCH.YAML', help='metric, sampler, what is fixed and what varies')
+    command.add_argument('file', nargs='?', metavar='SEARCH.YAML',
+                         help='metric, sampler, what is fixed and what varies')
     _option(command, 'trials', 'N', 'trials in all, instead of what the file says', type=int)
     _add_engine(command, 'trials')
 
@@ -510,7 +514,7 @@ def parser()->argparse.ArgumentParser:
     _add_runs(command('runs', runs_command, 'list all runs, or compare training runs on their test patients'))
     _add_predict(command('predict', predict_command, 'predict new images with a trained model; no labels needed'))
     _add_evaluate(command('evaluate', evaluate_command, "evaluate someone else's predictions: tables, figures, report"))
-    _add_search(command('search', search_command, 'search the best parameters of prepare and train on validation patients',
+    _add_search(command('search', search_command, 'search the best parameters, on validation patients',
                         epilog='Killed? The same command continues. More --trials later? They are added.'))
     _add_batch(command('batch', batch_command, 'run many notebooks with parameters, several at once',
                        epilog='Killed, or jobs failed? The same command does what is left.'))

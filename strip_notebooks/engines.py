@@ -6,7 +6,7 @@
 __all__ = ['engine_names', 'Call', 'Answer', 'EngineError', 'make_call', 'serve_call', 'call_apart', 'LocalEngine', 'DaskEngine',
            'dask_engine', 'slurm_cluster', 'slurm_engine', 'open_engine']
 
-# %% ../nbs/902_engines.ipynb #78a05620
+# %% ../nbs/902_engines.ipynb #49613554
 import json, os, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .core import StripError, nearest, plural
 
-# %% ../nbs/902_engines.ipynb #141638d2
+# %% ../nbs/902_engines.ipynb #61c71503
 @dataclass(frozen=True)
 class Call:
     "A call of a function by its name"
@@ -32,7 +32,7 @@ class Answer:
 class EngineError(StripError):
     "An engine that does not exist or cannot be reached"
 
-# %% ../nbs/902_engines.ipynb #d644850e
+# %% ../nbs/902_engines.ipynb #ceaffabd
 def make_call(
     call:Call,  # What to call, in this process
 )->Answer:
@@ -41,7 +41,7 @@ def make_call(
     try: return Answer(getattr(import_module(module), name)(**call.arguments))
     except Exception as e: return Answer(error=str(e) if isinstance(e, StripError) else f'{type(e).__name__}: {e}')
 
-# %% ../nbs/902_engines.ipynb #56ff40ce
+# %% ../nbs/902_engines.ipynb #655ff7df
 _child = '''import ctypes, os, signal, sys
 if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)    # PR_SET_PDEATHSIG
 if os.name != 'nt' and os.getppid() != int(os.environ['STRIP_PARENT']): os._exit(1)
@@ -56,7 +56,7 @@ def serve_call()->None:
     answer = make_call(Call(**json.loads(sys.stdin.read())))
     with open(answers, 'w', encoding='utf-8') as file: json.dump(dict(value=answer.value, error=answer.error), file)
 
-# %% ../nbs/902_engines.ipynb #54f73d48
+# %% ../nbs/902_engines.ipynb #c14ee0a9
 _alive, _starting = set(), threading.Lock()         # the processes of calls that were started here
 
 def _start(place, stop):
@@ -80,9 +80,10 @@ def _one_attempt(call, place, stop):
     try: return Answer(**json.loads(out)), 0, last
     except ValueError: pass
     if process.returncode < 0 and not (stop and stop.is_set()): return None, process.returncode, last
-    return Answer(error=f'Its process ended with the code {process.returncode}; it said: {last}'), process.returncode, last
+    error = f'Its process ended with the code {process.returncode}; it said: {last}'
+    return Answer(error=error), process.returncode, last
 
-# %% ../nbs/902_engines.ipynb #f4aff831
+# %% ../nbs/902_engines.ipynb #209b979e
 def call_apart(
     call:Call,      # What to call
     place='.',      # The working folder of its process
@@ -97,7 +98,7 @@ def call_apart(
         if answer is not None: return answer
     return Answer(error=f'Its process was killed {plural(attempts, "time")}, with the code {code}; it said: {last}')
 
-# %% ../nbs/902_engines.ipynb #b067adba
+# %% ../nbs/902_engines.ipynb #50e6018f
 def _end_calls(stop, patience=10.):
     "Start no further process, and end those that are alive; after `patience` seconds, kill them"
     with _starting: stop.set()
@@ -107,7 +108,7 @@ def _end_calls(stop, patience=10.):
         try: process.wait(patience)
         except subprocess.TimeoutExpired: process.kill()
 
-# %% ../nbs/902_engines.ipynb #42720a2f
+# %% ../nbs/902_engines.ipynb #d8e3d7e9
 class LocalEngine:
     "Calls on this machine, several at once"
     def __init__(self,
@@ -129,7 +130,7 @@ class LocalEngine:
 
     def close(self): "There is nothing to leave"
 
-# %% ../nbs/902_engines.ipynb #108a4dca
+# %% ../nbs/902_engines.ipynb #aa9e03a1
 _needs_cluster = 'This engine needs Dask; install it with `pip install strip-notebooks[cluster]`.'
 
 class DaskEngine:
@@ -160,7 +161,7 @@ def _dask_answer(future):
     try: return future.result()
     except Exception as e: return Answer(error=f'No worker could make the call: {type(e).__name__}: {e}')
 
-# %% ../nbs/902_engines.ipynb #952cb0ec
+# %% ../nbs/902_engines.ipynb #a11e212c
 def dask_engine(
     address:str,    # Of the scheduler, such as tcp://host:8786
     place='.',      # The working folder, which all machines see
@@ -174,7 +175,7 @@ def dask_engine(
         raise EngineError(f'No Dask scheduler answers at {address} ({type(e).__name__}); '
                           'start one with `dask scheduler`, and workers with `dask worker ADDRESS`.') from None
 
-# %% ../nbs/902_engines.ipynb #4e569091
+# %% ../nbs/902_engines.ipynb #21c69413
 _jobqueue = ('--engine slurm reads what a job needs from ~/.config/dask/jobqueue.yaml, such as "jobqueue: {slurm: '
              '{queue: gpu, cores: 4, processes: 1, memory: 16GB, walltime: \'04:00:00\'}}"')
 
@@ -194,13 +195,14 @@ def slurm_engine(
 )->DaskEngine:
     "The engine whose workers are jobs of Slurm"
     import shutil
-    if not shutil.which('sbatch'): raise EngineError('There is no sbatch here; --engine slurm needs a cluster with Slurm.')
+    if not shutil.which('sbatch'):
+        raise EngineError('There is no sbatch here; --engine slurm needs a cluster with Slurm.')
     cluster = slurm_cluster(**options)
     from distributed import Client
     cluster.scale(jobs=workers)
     return DaskEngine(Client(cluster), place, cluster)
 
-# %% ../nbs/902_engines.ipynb #f9464a7c
+# %% ../nbs/902_engines.ipynb #29b25864
 engine_names = ['local', 'dask', 'slurm']
 
 @contextmanager

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bundle_name', 'checkpoints_name', 'RunError', 'git_commit', 'processor', 'device_name', 'thread_count', 'environment',
            'workspace', 'process_started', 'Owner', 'Status', 'now', 'Run', 'remove_new_folders', 'new_run', 'open_run',
-           'list_runs']
+           'list_runs', 'find_part']
 
 # %% ../nbs/040_runs.ipynb #82978f37
 import json, os, platform, secrets, subprocess, sys, warnings
@@ -482,3 +482,16 @@ def list_runs(
     found = sorted(p for p in root.glob('[!.]*/status.json') if p.is_file())
     runs = pd.DataFrame([_row(Run(p.parent)) for p in found])
     return runs.reindex(columns=first + [c for c in runs if c not in first])
+
+# %% ../nbs/040_runs.ipynb #bc8eac5f
+def find_part(
+    part_of:str,    # The name of a search or batch, and which part, such as 'RUN/3'
+    root=None,      # The folder of all runs; None is the workspace's runs/
+):                  # A `Run`, or None
+    "The run that is this part of a search or batch"
+    for path in sorted(Path(root or workspace()/'runs').glob('[!.]*/status.json')):
+        try:
+            if part_of in path.read_text(encoding='utf-8') and Run(path.parent).status.part_of == part_of:
+                return Run(path.parent)
+        except (RunError, OSError): pass            # a corrupt run is no part of anything
+    return None

@@ -6,8 +6,8 @@
 __all__ = ['Search', 'check_search', 'finished_search', 'open_search', 'held_out_patients', 'trial_line', 'check_outer',
            'run_search']
 
-# %% ../nbs/906_searches.ipynb #673eccf8
-import os, shutil
+# %% ../nbs/906_searches.ipynb #bdfaf61b
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,14 @@ from fastcore.basics import patch
 from .core import StripError, content_hash, listing, plural, read_json, write_json, write_text
 from .engines import Answer, open_engine
 from .experiments import check_names, find_run, remove_leftovers
-from .runs import Run, workspace
+from .runs import Run, find_part, workspace
 from .search.space import SearchPlan, TrialConfig, fixed_values, read_plan, read_space
 from .search.trials import (TrialResult, best_trial, next_round, open_study, record_trial,
                                            stopping_limits, total_trials, trial_table, version_note)
-from .series import Series, earlier_series, find_part, open_series
+from .series import Series, earlier_series, open_series
 from .settings import step_settings
 
-# %% ../nbs/906_searches.ipynb #2d40460c
+# %% ../nbs/906_searches.ipynb #32192810
 @dataclass(frozen=True)
 class Search:
     "A search that is being worked on"
@@ -51,7 +51,7 @@ def check_search(
     _names(plan, fixed)
     return space, fixed
 
-# %% ../nbs/906_searches.ipynb #d27342ea
+# %% ../nbs/906_searches.ipynb #47c8c16d
 def _identity(plan): return content_hash(plan.model_dump(exclude={'trials'}))
 
 def finished_search(
@@ -63,12 +63,14 @@ def finished_search(
     done = [r for r in earlier_series('search', _identity(plan), root) if r.state == 'finished']
     return (done[-1], done[-1].metrics['trials'] >= total_trials(plan, space)) if done else (None, False)
 
+# %% ../nbs/906_searches.ipynb #42644c89
+_journals = 'journals'      # The folder of the journals in the run of a search
+
 def _inherit(series, earlier):
     "Begin a search with the journals of an earlier one; its rounds keep their size"
-    for journal in earlier.path.glob('*.log'):
-        if journal.name == 'log.txt' or (series.run.path/journal.name).exists(): continue
-        half = shutil.copy(journal, series.run.path/f'.{journal.name}.half')
-        os.replace(half, series.run.path/journal.name)
+    for journal in (earlier.path/_journals).glob('*.log'):
+        copy = series.run.path/_journals/journal.name
+        if not copy.exists(): write_text(copy, journal.read_text(encoding='utf-8'))
     old = read_json(earlier.path/'series.json')
     write_json(series.run.path/'series.json', {**read_json(series.run.path/'series.json'), 'size': old['size']})
     if 'prepare' in earlier.links and 'prepare' not in series.run.links: series.run.link(earlier.links['prepare'])
@@ -84,7 +86,7 @@ def open_search(
     earlier = [r for r in earlier_series('search', _identity(plan), root) if r.state == 'finished']
     return _inherit(series, earlier[-1]) if earlier else series
 
-# %% ../nbs/906_searches.ipynb #e23ee7b9
+# %% ../nbs/906_searches.ipynb #9c5bb89f
 def held_out_patients(
     run,        # The name of a run of prepare
     root,       # The folder of all runs
@@ -96,6 +98,7 @@ def held_out_patients(
     if 'split' not in cohort: raise StripError(f'{run} was prepared without labels; a search needs them.')
     return content_hash(sorted(cohort.patient_id[cohort.split == 'test']))
 
+# %% ../nbs/906_searches.ipynb #f48575aa
 def _parts(search, calls):
     "The answers to calls, in their order"
     found = dict(search.engine.run(calls))
@@ -115,7 +118,7 @@ def base(self:Search)->Run:
     self.run.link(found)
     return found
 
-# %% ../nbs/906_searches.ipynb #c01b9f90
+# %% ../nbs/906_searches.ipynb #27f975a6
 def _varied(params, step):
     "The parameters of one step among those of a trial"
     return {name.partition('.')[2]: v for name, v in params.items() if name.startswith(f'{step}.')}
@@ -136,7 +139,7 @@ def prepared(self:Search,
         answers[key] = answer if same else Answer(error=f'{answer.value} has other test patients than {base.name}.')
     return {n: answers[key] for n, key in keys.items()}
 
-# %% ../nbs/906_searches.ipynb #d18f1e2a
+# %% ../nbs/906_searches.ipynb #c0161c1e
 @patch
 def trial_call(self:Search,
     part:str,           # Which part of the search it is
@@ -147,7 +150,8 @@ def trial_call(self:Search,
     "The call of a trial, with all that its run must be given"
     plan = self.plan
     given = dict(metric=plan.metric, folds=plan.folds, nested=plan.nested, fold_seed=plan.seed, prepare_run=prepare_run)
-    return self.series.call(part, 'search_trial', {**self.fixed['train'], **_varied(params, 'train'), **given, **judges})
+    trained = {**self.fixed['train'], **_varied(params, 'train')}
+    return self.series.call(part, 'search_trial', {**trained, **given, **judges})
 
 def _found(search, part, answer):
     "How a trial ended, read from its run"
@@ -159,7 +163,7 @@ def _found(search, part, answer):
     metrics, curve = run.metrics, run.table('history')[search.plan.better].tolist()
     return TrialResult(metrics[search.plan.metric], curve, metrics['stopped_after'], run.name)
 
-# %% ../nbs/906_searches.ipynb #e86d4ead
+# %% ../nbs/906_searches.ipynb #dc65844d
 def _best_words(results, plan):
     "The best score among some results, as the end of a line"
     scores = {n: r.score for n, r in results.items() if not r.stopped and not r.error}
@@ -184,7 +188,7 @@ def trial_line(
     done = sum(1 for r in results.values())
     return f'[{done}/{total}] trial {trial.number} ({given}): {score}{_best_words(results, plan)}'
 
-# %% ../nbs/906_searches.ipynb #d12faafc
+# %% ../nbs/906_searches.ipynb #be2a2cfe
 @patch
 def run_round(self:Search,
     study,          # From `open_study`
@@ -207,14 +211,17 @@ def run_round(self:Search,
                     + trial_line(numbered[number], {**results, **new}, self.plan, total))
     for number in sorted(new): record_trial(study, number, new[number])
 
+# %% ../nbs/906_searches.ipynb #b0f3d299
 @patch
 def results(self:Search,
     study,  # From `open_study`
 )->dict:    # Number -> `TrialResult`
     "How the finished trials of a study ended"
-    stopped = lambda t: len(t.intermediate_values) if t.state.name == 'PRUNED' else 0
-    return {t.number: TrialResult(float('nan') if t.value is None else t.value, [], stopped(t), t.user_attrs.get('run', ''),
-                                  t.user_attrs.get('error', '')) for t in study.trials if t.state.is_finished()}
+    def ended(t):
+        score, known = float('nan') if t.value is None else t.value, t.user_attrs
+        stopped = len(t.intermediate_values) if t.state.name == 'PRUNED' else 0
+        return TrialResult(score, [], stopped, known.get('run', ''), known.get('error', ''))
+    return {t.number: ended(t) for t in study.trials if t.state.is_finished()}
 
 @patch
 def report(self:Search,
@@ -224,20 +231,20 @@ def report(self:Search,
     self.run.log(line)
     self.say(line)
 
-# %% ../nbs/906_searches.ipynb #e70a89ea
+# %% ../nbs/906_searches.ipynb #7b63e00d
 @patch
 def run_study(self:Search,
     name:str='main',    # main, or outer0 and so on for the searches without an outer fold
 ):                      # The finished study
     "Do all trials of a study that are left"
-    study = open_study(self.run.path/f'{name}.log', self.plan)
+    study = open_study(self.run.path/_journals/f'{name}.log', self.plan)
     if note := version_note(study): self.report(note)
     done = sum(t.state.is_finished() for t in study.trials)
     if done: self.report(f'{name}: {plural(done, "trial")} had finished.')
     while trials := next_round(study, self.plan, self.space, self.series.size): self.run_round(study, trials, name)
     return study
 
-# %% ../nbs/906_searches.ipynb #30d36c4d
+# %% ../nbs/906_searches.ipynb #965adaa3
 def check_outer(
     prepare_run:str,    # The name of a run of prepare
     root:str,           # The folder of all runs
@@ -260,7 +267,7 @@ def check_patients(self:Search)->None:
     cases = [dict(common, outer=o, outer_test=test) for o in range(plan.nested) for test in (False, True)]
     check_outer(base.name, str(self.series.root), [common, *cases])
 
-# %% ../nbs/906_searches.ipynb #720453f7
+# %% ../nbs/906_searches.ipynb #b512608e
 @patch
 def outer_scores(self:Search):
     "Search without each outer fold and test the winner on it; the table of `optimism`, and of all these trials"
@@ -281,7 +288,7 @@ def outer_scores(self:Search):
     trials = pd.concat([t.assign(outer=o) for o, t in enumerate(tables.values())], ignore_index=True)
     return optimism(*judged, self.plan.metric, seed=self.plan.seed), trials
 
-# %% ../nbs/906_searches.ipynb #265e7569
+# %% ../nbs/906_searches.ipynb #f608a866
 @patch
 def save_figures(self:Search,
     study,  # The finished study
@@ -302,6 +309,7 @@ def save_figures(self:Search,
         self.run.save_table(shares.rename('share').rename_axis('parameter').to_frame(), 'importance')
     matplotlib.pyplot.close('all')
 
+# %% ../nbs/906_searches.ipynb #2f831974
 @patch
 def save_best(self:Search,
     table,  # From `trial_table`
@@ -317,7 +325,7 @@ def save_best(self:Search,
     for step, values in steps.items(): write_text(self.run.path/f'best-{step}.yaml', best_yaml(values, step, said))
     return [self.run.path/f'best-{step}.yaml' for step in steps]
 
-# %% ../nbs/906_searches.ipynb #2e768a81
+# %% ../nbs/906_searches.ipynb #6e3f1b30
 def _lead(table, plan):
     "What a search found, in lines"
     best, counts = best_trial(table, plan), table.state.value_counts()
@@ -328,6 +336,7 @@ def _lead(table, plan):
             f'Best: trial {best.trial}, {plan.metric} {best.score:.3f}, with {given}.',
             f'It was chosen for this score among {len(table)}, so the score is optimistic.']
 
+# %% ../nbs/906_searches.ipynb #83f448c9
 @patch
 def finish(self:Search,
     study,          # The finished study
@@ -344,13 +353,14 @@ def finish(self:Search,
         lines.append(optimism_sentence(nested[0], self.plan.metric))
     best, states = best_trial(table, self.plan), table.state
     scores = {k: v for k, v in Run(self.series.root/best.run).metrics.items() if k.startswith('validation_')}
-    self.run.save_metrics(dict(trials=len(table), stopped=int((states == 'pruned').sum()), optuna=study.user_attrs['optuna'],
-                               failed=int((states == 'failed').sum()), best_trial=int(best.trial), **scores))
+    counts = {word: int((states == state).sum()) for word, state in (('stopped', 'pruned'), ('failed', 'failed'))}
+    self.run.save_metrics(dict(trials=len(table), **counts, best_trial=int(best.trial),
+                               optuna=study.user_attrs['optuna'], **scores))
     lines += [f'Next, train with the best parameters: clot run train -f {os.path.relpath(files[0])}']
     self.run.save_summary('\n'.join(lines))
     self.run.finish()
 
-# %% ../nbs/906_searches.ipynb #97754c09
+# %% ../nbs/906_searches.ipynb #6168c94f
 def _do(search):
     "Do all that is left of a search; its run is marked whatever happens"
     try:
@@ -364,6 +374,7 @@ def _do(search):
         search.run.finish(str(e) or type(e).__name__)
         raise
 
+# %% ../nbs/906_searches.ipynb #cba72cc0
 def run_search(
     file,               # A YAML file
     trials:int|None=None,   # Instead of what the file says

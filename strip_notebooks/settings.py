@@ -232,8 +232,8 @@ class BenchmarkSettings(Settings):
 # %% ../nbs/895_settings.ipynb #32a67f12
 study_steps = ['explain', 'features', 'uncertainty', 'robustness', 'bias']     # those that look at one model
 
-step_settings = dict(prepare=PrepareSettings, pretrain=PretrainSettings, train=TrainSettings, search_trial=TrialSettings,
-                     crossval=CrossvalSettings,
+step_settings = dict(prepare=PrepareSettings, pretrain=PretrainSettings, train=TrainSettings,
+                     search_trial=TrialSettings, crossval=CrossvalSettings,
                      derive=DeriveSettings, evaluate=EvaluateSettings, evaluate_table=EvaluateTableSettings,
                      explain=ExplainSettings, features=FeatureSettings, uncertainty=UncertaintySettings,
                      robustness=RobustnessSettings, bias=BiasSettings, report=ReportSettings,

@@ -6,7 +6,7 @@
 __all__ = ['metric_words', 'search_figure', 'importances', 'importance_figure', 'slice_figure', 'parallel_figure',
            'best_parameters', 'best_yaml']
 
-# %% ../../nbs/458_search.figures.ipynb #47e896ce
+# %% ../../nbs/458_search.figures.ipynb #8f782b0c
 import warnings
 
 import numpy as np
@@ -16,13 +16,16 @@ from ..core import figure_name, okabe_ito, short_name
 from .space import SearchPlan, read_space, search_metrics
 from .trials import best_trial, trial_table
 
-# %% ../../nbs/458_search.figures.ipynb #27733827
-metric_words = dict(validation_auc='validation AUC, per patient', validation_weighted_log_loss='validation log loss, per patient')
+# %% ../../nbs/458_search.figures.ipynb #c665c6eb
+metric_words = dict(validation_auc='validation AUC, per patient',
+                    validation_weighted_log_loss='validation log loss, per patient')
 
 def _despine(ax):
     "Remove the upper and the right line of a plot"
     ax.spines[['top', 'right']].set_visible(False)
     ax.tick_params(labelsize=8)
+
+_states = [('finished', 'finished', 'o', okabe_ito[0]), ('pruned', 'stopped early', 'x', '#999999')]
 
 def search_figure(
     table:pd.DataFrame, # From `trial_table`
@@ -31,16 +34,16 @@ def search_figure(
     "The score of each trial and the best so far"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(4.5, 2.6), layout='constrained')
-    for state, marker, color in (('finished', 'o', okabe_ito[0]), ('pruned', 'x', '#999999')):
+    for state, label, marker, color in _states:
         rows = table[table.state == state]
-        if len(rows): ax.plot(rows.trial, rows.score, marker, color=color, ms=4, label='stopped early' if state == 'pruned' else state)
+        if len(rows): ax.plot(rows.trial, rows.score, marker, color=color, ms=4, label=label)
     ax.step(table.trial, table.best, where='post', color=okabe_ito[1], lw=1.5, label='best so far')
     ax.set(xlabel='trial', ylabel=metric_words[plan.metric])
     ax.legend(frameon=False, fontsize=8, ncols=3, loc='lower left', bbox_to_anchor=(-.02, 1))
     _despine(ax)
     return fig
 
-# %% ../../nbs/458_search.figures.ipynb #f6ded859
+# %% ../../nbs/458_search.figures.ipynb #a9ea3696
 def importances(
     study,              # From `open_study`
     least:int=10,       # Finished trials that are needed
@@ -68,7 +71,7 @@ def importance_figure(
     _despine(ax)
     return fig
 
-# %% ../../nbs/458_search.figures.ipynb #2e4136fd
+# %% ../../nbs/458_search.figures.ipynb #83e3d8ba
 def _positions(dimension, values):
     "Where the values of a parameter are on an axis"
     if dimension.choices: return np.array([dimension.choices.index(v) for v in values], float)
@@ -86,6 +89,7 @@ def _shown(table):
     "The trials with a score, and their scores"
     return table[table.state.isin(['finished', 'pruned']) & table.score.notna()]
 
+# %% ../../nbs/458_search.figures.ipynb #383ab208
 def slice_figure(
     table:pd.DataFrame, # From `trial_table`
     plan:SearchPlan,    # The search
@@ -95,8 +99,8 @@ def slice_figure(
     import matplotlib.pyplot as plt
     shown, columns = _shown(table), 2 if len(space) == 4 else min(3, len(space))
     lines = -(-len(space)//columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(max(3., .6 + 1.7*columns), .8 + 1.7*lines), sharey=True, squeeze=False,
-                             layout='constrained')
+    size = max(3., .6 + 1.7*columns), .8 + 1.7*lines
+    fig, axes = plt.subplots(lines, columns, figsize=size, sharey=True, squeeze=False, layout='constrained')
     for ax in axes.flat[len(space):]: ax.remove()
     for dimension, ax in zip(space, axes.flat):
         colors = np.where(shown.state == 'finished', okabe_ito[0], '#999999')
@@ -106,7 +110,7 @@ def slice_figure(
     fig.supylabel(metric_words[plan.metric], fontsize=8)
     return fig
 
-# %% ../../nbs/458_search.figures.ipynb #f2149452
+# %% ../../nbs/458_search.figures.ipynb #cb7901fe
 def _heights(dimension, values):
     "The values of a parameter as heights, 0 to 1"
     if dimension.choices: return _positions(dimension, values)/max(1, len(dimension.choices) - 1)
@@ -119,8 +123,17 @@ def _ends(ax, k, dimension):
     values = dimension.ends()
     for value, height in zip(values, _heights(dimension, values)):
         text = short_name(value, 10) if dimension.choices else f'{value:g}'
-        ax.text(k + .04, height, text, fontsize=8, va='center', bbox=dict(fc='white', ec='none', pad=.8, alpha=.8), zorder=99)
+        behind = dict(fc='white', ec='none', pad=.8, alpha=.8)
+        ax.text(k + .04, height, text, fontsize=8, va='center', bbox=behind, zorder=99)
 
+def _score_bar(fig, ax, norm, colors, label):
+    "A color bar for the scores of lines"
+    import matplotlib.pyplot as plt
+    bar = fig.colorbar(plt.cm.ScalarMappable(norm, colors), ax=ax, pad=.02)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+
+# %% ../../nbs/458_search.figures.ipynb #a2591f9f
 def parallel_figure(
     table:pd.DataFrame, # From `trial_table`
     plan:SearchPlan,    # The search
@@ -141,12 +154,10 @@ def parallel_figure(
     ax.set_xticks(range(len(space)), [figure_name(d.name.split('.')[1], 14) for d in space], fontsize=8)
     ax.set(yticks=[], xlim=(-.1, len(space) - .5))
     ax.spines[:].set_visible(False)
-    bar = fig.colorbar(plt.cm.ScalarMappable(norm, colors), ax=ax, pad=.02)
-    bar.set_label(metric_words[plan.metric], fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+    _score_bar(fig, ax, norm, colors, metric_words[plan.metric])
     return fig
 
-# %% ../../nbs/458_search.figures.ipynb #f098d062
+# %% ../../nbs/458_search.figures.ipynb #1d3995e8
 def _yaml(values, about):
     "Names and values as YAML with a comment above"
     import yaml

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['judged_score', 'optimism', 'optimism_sentence']
 
-# %% ../../nbs/457_search.nested.ipynb #70272536
+# %% ../../nbs/457_search.nested.ipynb #e18b3aa8
 import numpy as np
 import pandas as pd
 
@@ -13,7 +13,7 @@ from ..core import StripError
 from ..predictions import classes_of
 from ..statistics import Estimate, auc, interval, resampled, weighted_log_loss
 
-# %% ../../nbs/457_search.nested.ipynb #f644efd8
+# %% ../../nbs/457_search.nested.ipynb #41c5a752
 def _score(fold, metric, weights):
     "The metric of one fold, of the data or of each resample"
     classes = classes_of(fold)
@@ -33,7 +33,7 @@ def judged_score(
     if weights is None: return float(np.mean([_score(f, metric, None) for f in folds]))
     return np.mean([_score(f, metric, weights[:, patients.get_indexer(f.patient_id)]) for f in folds], axis=0)
 
-# %% ../../nbs/457_search.nested.ipynb #5c603181
+# %% ../../nbs/457_search.nested.ipynb #e8b09791
 def optimism(
     inner:list,             # Of the winner in each outer fold: the table of its judges
     outer:list,             # Of the same winner: the table of the outer fold
@@ -42,7 +42,8 @@ def optimism(
     seed:int=0,             # Which resamples
 )->pd.DataFrame:            # Index: inner best, outer, difference; value, low, high (95 %)
     "The mean inner score of the winners, their mean score on patients who did not choose them, and the difference"
-    if len(inner) != len(outer): raise StripError(f'{len(inner)} inner and {len(outer)} outer tables do not fit together.')
+    if len(inner) != len(outer):
+        raise StripError(f'{len(inner)} inner and {len(outer)} outer tables do not fit together.')
     everyone = pd.concat([*inner, *outer]).drop_duplicates('patient_id')
     patients = pd.Index(everyone.patient_id)
     def mean(tables, w=None): return np.mean([judged_score(t, metric, patients, w) for t in tables], axis=0)
@@ -50,9 +51,10 @@ def optimism(
     value = [mean(inner), mean(outer)]
     rows = [interval(drawn[:, 0], value[0]), interval(drawn[:, 1], value[1]),
             interval(drawn[:, 0] - drawn[:, 1], value[0] - value[1])]
-    return pd.DataFrame(rows, index=pd.Index(['inner best', 'outer', 'difference'], name='score'), columns=Estimate._fields)
+    names = pd.Index(['inner best', 'outer', 'difference'], name='score')
+    return pd.DataFrame(rows, index=names, columns=Estimate._fields)
 
-# %% ../../nbs/457_search.nested.ipynb #64757f24
+# %% ../../nbs/457_search.nested.ipynb #65c0b435
 def optimism_sentence(
     table:pd.DataFrame, # From `optimism`
     metric:str,         # validation_auc or validation_weighted_log_loss
@@ -60,8 +62,9 @@ def optimism_sentence(
     "What a nested search shows, in a sentence"
     inner, outer, gap = (Estimate(*row) for row in table[list(Estimate._fields)].to_numpy())
     loss = metric == 'validation_weighted_log_loss'
-    said = (f'Nested search, per patient: the winners have a mean {"log loss" if loss else "AUC"} of {inner.value:.2f} on the '
-            f'patients who chose them, and of {outer} on others.')
+    word = 'log loss' if loss else 'AUC'
+    said = (f'Nested search, per patient: the winners have a mean {word} of {inner.value:.2f} on the patients who '
+            f'chose them, and of {outer} on others.')
     if np.isnan(gap.low): return f'{said} Too few patients for an interval of the difference.'
     flatters = gap.high < 0 if loss else gap.low > 0
     shown = 'the choice flatters' if flatters else 'no optimism is shown, and none excluded'

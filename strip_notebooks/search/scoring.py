@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['without_test', 'trial_splits', 'stopped_after', 'Judged', 'run_trial', 'remove_checkpoints']
 
-# %% ../../nbs/452_search.scoring.ipynb #380da7e2
+# %% ../../nbs/452_search.scoring.ipynb #d72d14c9
 import shutil
 from dataclasses import dataclass
 
@@ -22,14 +22,14 @@ from ..training.crossval import fold_folder
 from ..training.nested import inner_folds
 from ..training.trainer import checkpoints
 
-# %% ../../nbs/452_search.scoring.ipynb #bbf44580
+# %% ../../nbs/452_search.scoring.ipynb #dd690d5a
 def without_test(
     cohort:pd.DataFrame,    # One row per image, with a `split` column
 )->pd.DataFrame:
     "The images of training and validation patients"
     return cohort[cohort.split != 'test'].reset_index(drop=True)
 
-# %% ../../nbs/452_search.scoring.ipynb #8601a313
+# %% ../../nbs/452_search.scoring.ipynb #6b595445
 def _outer_rest(cohort, plan):
     "The patients of all outer folds but the one that is left out, with its training and validation set"
     folds = fold_patients(cohort, plan.nested, seed=plan.fold_seed)
@@ -55,7 +55,7 @@ def trial_splits(
     folds = _folds_of(rest, plain, plan)
     return [fold_split(rest, folds, f, seed=plan.fold_seed) for f in range(plan.folds)], 'test'
 
-# %% ../../nbs/452_search.scoring.ipynb #f8b47e07
+# %% ../../nbs/452_search.scoring.ipynb #c8f9097e
 def stopped_after(
     values,         # The metric after each epoch
     limits,         # What the best value so far must reach, per epoch
@@ -67,7 +67,7 @@ def stopped_after(
     behind = best[:len(limits)] < sign*np.asarray(limits, float)[:len(best)]
     return int(behind.argmax()) + 1 if behind.any() else 0
 
-# %% ../../nbs/452_search.scoring.ipynb #d675d2ab
+# %% ../../nbs/452_search.scoring.ipynb #e04e84bf
 class _Behind(Exception):
     "A trial has fallen behind; its history so far is the argument"
 
@@ -78,7 +78,7 @@ def _watch(plan):
         if stopped_after(history[column], plan.limits, direction): raise _Behind(history)
     return look
 
-# %% ../../nbs/452_search.scoring.ipynb #3338ff2b
+# %% ../../nbs/452_search.scoring.ipynb #451dcc09
 def _equal_priors(predictions, spec):
     "Predictions per patient at equal class priors"
     patients = aggregate_patients(predictions, spec['how'])
@@ -97,7 +97,7 @@ def _judged(result, judge):
     if judge == 'val': scores = {name: spec['trained_on'][name] for name in scores}
     return scores, patients
 
-# %% ../../nbs/452_search.scoring.ipynb #5caaff2b
+# %% ../../nbs/452_search.scoring.ipynb #86174b2b
 @dataclass(frozen=True)
 class Judged:
     "What a trial found"
@@ -114,7 +114,7 @@ def _stopped_trial(history, plan):
     best = so_far.loc[so_far[column].idxmax() if direction == 'maximize' else so_far[column].idxmin()]
     return Judged({name: float(best[c]) for name, (c, _) in search_metrics.items()}, so_far, after)
 
-# %% ../../nbs/452_search.scoring.ipynb #e09cf1ce
+# %% ../../nbs/452_search.scoring.ipynb #b421eebe
 def _fit(split, cache, preprocessing, config, where, watch=None):
     "Train on one split, with the pixels normalized by its own training images"
     learned = cache.images[cache.rows(split.image_id[split.split == 'train'])]
@@ -128,7 +128,7 @@ def _still_ahead(result, watch):
         raise
     return result
 
-# %% ../../nbs/452_search.scoring.ipynb #80de45c1
+# %% ../../nbs/452_search.scoring.ipynb #2ffb7128
 def run_trial(
     cohort:pd.DataFrame,    # One row per image, with a `split` column
     cache,                  # Preprocessed pixels of the cohort, from `build_cache`
@@ -149,12 +149,12 @@ def run_trial(
     patients = pd.concat([t.assign(fold=k) for k, t in enumerate(tables)], ignore_index=True)
     return Judged(metrics, results[0].history, 0, patients)
 
-# %% ../../nbs/452_search.scoring.ipynb #e0f2cd43
+# %% ../../nbs/452_search.scoring.ipynb #0769f8b1
 def remove_checkpoints(
     run,        # The run of a trial
 )->int:         # How many were removed
     "Remove the states that an unfinished training resumes from; bundles stay"
-    found = [p for folder in (run.checkpoints, *run.checkpoints.glob('repeat*')) for f in (folder, folder/run.checkpoints.name)
-             for p in checkpoints(f)]
+    inside = [fold/run.checkpoints.name for fold in run.checkpoints.glob('repeat*')]
+    found = [p for folder in (run.checkpoints, *inside) for p in checkpoints(folder)]
     for path in found: path.unlink(missing_ok=True)
     return len(found)

@@ -6,7 +6,7 @@
 __all__ = ['search_metrics', 'not_searched', 'example_search', 'check_metric', 'SearchPlan', 'TrialConfig', 'Dimension',
            'read_dimension', 'parameter_field', 'fixed_values', 'read_space', 'grid_points', 'read_plan']
 
-# %% ../../nbs/450_search.space.ipynb #b828cc0f
+# %% ../../nbs/450_search.space.ipynb #21e1a6e3
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -16,8 +16,9 @@ from pydantic import Field, field_validator, model_validator
 from ..core import StripError, listing, nearest, read_yaml
 from ..training.config import Settings, SettingsError, TrainConfig, parameter_type
 
-# %% ../../nbs/450_search.space.ipynb #bfa01ccd
-search_metrics = dict(validation_auc=('auc', 'maximize'), validation_weighted_log_loss=('weighted_log_loss', 'minimize'))
+# %% ../../nbs/450_search.space.ipynb #d776fc29
+search_metrics = dict(validation_auc=('auc', 'maximize'),
+                      validation_weighted_log_loss=('weighted_log_loss', 'minimize'))
 
 def check_metric(
     metric:str, # What a search compares
@@ -29,7 +30,7 @@ def check_metric(
                          f'choose by {" or ".join(search_metrics)}, and evaluate the best parameters once.')
     raise ValueError(f'There is no metric {metric!r}{nearest(metric, search_metrics)}')
 
-# %% ../../nbs/450_search.space.ipynb #0eae441f
+# %% ../../nbs/450_search.space.ipynb #b8b7b179
 def _check_nested(plan):
     "`plan`, or a `ValueError` for a single outer fold or nothing to search"
     if plan.nested == 1: raise ValueError('nested=1: one outer fold leaves no patients; give 2 or more, or 0 for none.')
@@ -38,7 +39,7 @@ def _check_nested(plan):
     if both: raise ValueError(f'{both[0]} is under search and under fixed; leave one out.')
     return plan
 
-# %% ../../nbs/450_search.space.ipynb #071a50ab
+# %% ../../nbs/450_search.space.ipynb #15180959
 class SearchPlan(Settings):
     "A search, as its YAML file describes it"
     metric:str = Field('validation_weighted_log_loss', description='What is compared, per patient')
@@ -58,7 +59,7 @@ class SearchPlan(Settings):
     better = property(lambda self: search_metrics[self.metric][0], doc='The column of the history with the metric')
     direction = property(lambda self: search_metrics[self.metric][1], doc="'maximize' or 'minimize'")
 
-# %% ../../nbs/450_search.space.ipynb #e2e0ab0e
+# %% ../../nbs/450_search.space.ipynb #47411ad7
 class TrialConfig(Settings):
     "Who judges a trial, and when it is stopped"
     metric:str = Field('validation_weighted_log_loss',
@@ -72,7 +73,7 @@ class TrialConfig(Settings):
         [], description='Per epoch, what the best score so far must reach; empty never stops a trial')
     _metric = field_validator('metric')(check_metric)
 
-# %% ../../nbs/450_search.space.ipynb #469658a5
+# %% ../../nbs/450_search.space.ipynb #c7cbc0a3
 @dataclass(frozen=True)
 class Dimension:
     "The values of one parameter that a search may try"
@@ -95,7 +96,7 @@ class Dimension:
         if self.kind == 'int': return IntDistribution(self.low, self.high, self.log, self.step or 1)
         return FloatDistribution(self.low, self.high, self.log, self.step)
 
-# %% ../../nbs/450_search.space.ipynb #b631ffc6
+# %% ../../nbs/450_search.space.ipynb #af2fe536
 def _value(name, value, kind):
     "`value` as the type named `kind`; a `StripError` if it is none"
     yes = dict(true=True, false=False)
@@ -110,12 +111,13 @@ def _value(name, value, kind):
     except (KeyError, TypeError, ValueError):
         raise StripError(f'{name}: {value!r} is not {"an" if kind == "int" else "a"} {kind}.') from None
 
-# %% ../../nbs/450_search.space.ipynb #2702c5cf
+# %% ../../nbs/450_search.space.ipynb #d6845815
 _range_names = ['low', 'high', 'log', 'step']
 
 def _check_range(name, kind, given):
     "A `StripError` for a range without ends, with an unknown word, or of a parameter that is no number"
-    if kind not in ('int', 'float'): raise StripError(f'{name} is a {kind}, which has no range; give a list of choices.')
+    if kind not in ('int', 'float'):
+        raise StripError(f'{name} is a {kind}, which has no range; give a list of choices.')
     for word in given:
         if word not in _range_names: raise StripError(f'{name}: a range has no {word!r}{nearest(word, _range_names)}')
     missing = [word for word in ('low', 'high') if word not in given]
@@ -129,12 +131,13 @@ def _range(name, kind, given):
     if step is not None: step = _value(name, step, kind)
     if not low < high: raise StripError(f'{name}: the range from {low} to {high} is empty; low must be below high.')
     if log and not low > 0: raise StripError(f'{name}: log needs a low above 0, and it is {low}.')
-    if log and step is not None: raise StripError(f'{name}: give log or step, not both; a list of choices can have any values.')
+    if log and step is not None:
+        raise StripError(f'{name}: give log or step, not both; a list of choices can have any values.')
     if step is not None and not 0 < step <= high - low:
         raise StripError(f'{name}: step={step} must be above 0 and at most high - low.')
     return Dimension(name, kind, (), low, high, log, step)
 
-# %% ../../nbs/450_search.space.ipynb #30b858e9
+# %% ../../nbs/450_search.space.ipynb #80a54214
 def read_dimension(
     name:str,       # Such as 'train.lr'
     given,          # A list of choices, or a dict with low and high
@@ -150,7 +153,7 @@ def read_dimension(
     if len(set(choices)) < len(choices): raise StripError(f'{name}: a choice is named twice; give each once.')
     return Dimension(name, kind, choices)
 
-# %% ../../nbs/450_search.space.ipynb #a227f5c9
+# %% ../../nbs/450_search.space.ipynb #d3ca4aa2
 _patients = 'changes which patients are compared'
 _luck = 'is luck when the best of several is taken'
 not_searched = dict(
@@ -171,7 +174,7 @@ def parameter_field(
     if short not in fields: raise StripError(f'{step} has no parameter {short!r}{nearest(short, fields)}')
     return step, short, fields[short]
 
-# %% ../../nbs/450_search.space.ipynb #f28b86ad
+# %% ../../nbs/450_search.space.ipynb #85eeb58e
 def fixed_values(
     plan:SearchPlan,    # The search
     settings:dict,      # Step -> its `Settings` class
@@ -180,7 +183,8 @@ def fixed_values(
     found = {step: {} for step in settings}
     for name, value in plan.fixed.items():
         step, short, field = parameter_field(name, settings)
-        if name == 'train.prepare_run': raise StripError('train.prepare_run: write it as prepare_run, at the left margin.')
+        if name == 'train.prepare_run':
+            raise StripError('train.prepare_run: write it as prepare_run, at the left margin.')
         found[step][short] = _value(name, value, parameter_type(field.annotation))
     for step, values in found.items(): settings[step](**values)
     return found
@@ -192,7 +196,7 @@ def _check_ends(dimension, step, short, fixed, settings):
         try: settings[step](**{**others, short: value})
         except StripError as e: raise StripError(f'{dimension.name}: {e}') from None
 
-# %% ../../nbs/450_search.space.ipynb #a9364685
+# %% ../../nbs/450_search.space.ipynb #9828e6e9
 def read_space(
     plan:SearchPlan,    # The search
     settings:dict,      # Step -> its `Settings` class
@@ -209,7 +213,7 @@ def read_space(
     if plan.sampler == 'grid': grid_points(space)
     return space
 
-# %% ../../nbs/450_search.space.ipynb #7d65f53b
+# %% ../../nbs/450_search.space.ipynb #5db9756f
 def _grid_values(dimension):
     "All values of a dimension; a `StripError` if they cannot be counted"
     if dimension.choices: return list(dimension.choices)
@@ -227,7 +231,7 @@ def grid_points(
     if size > 100_000: raise StripError(f'The grid has {size:,} combinations; at most 100,000 can be tried.')
     return [dict(zip([d.name for d in space], point)) for point in product(*values)]
 
-# %% ../../nbs/450_search.space.ipynb #7a80cd0a
+# %% ../../nbs/450_search.space.ipynb #ca296c9e
 example_search = '''# clot search search.yaml --trials 20 --workers 2
 metric: validation_auc      # or validation_weighted_log_loss; always of validation patients, never of the test set
 sampler: tpe                # tpe learns from the trials before; random and grid do not
@@ -248,7 +252,7 @@ search:                     # what varies: a list of choices, or a range
   prepare.size: [64, 128]
 '''
 
-# %% ../../nbs/450_search.space.ipynb #e8cd842c
+# %% ../../nbs/450_search.space.ipynb #70c17726
 def read_plan(
     file,           # A YAML file
     **changes,      # Such as trials=12, instead of what the file says

@@ -6,7 +6,7 @@
 __all__ = ['repair_journal', 'open_study', 'version_note', 'draw_parameters', 'total_trials', 'next_round', 'TrialResult',
            'record_trial', 'stopping_limits', 'trial_table', 'best_trial']
 
-# %% ../../nbs/455_search.trials.ipynb #4fbe4b93
+# %% ../../nbs/455_search.trials.ipynb #d3771220
 import os, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import pandas as pd
 from ..core import StripError, derive_seed
 from .space import SearchPlan, grid_points, read_space
 
-# %% ../../nbs/455_search.trials.ipynb #3ba666f6
+# %% ../../nbs/455_search.trials.ipynb #0ff7a585
 def repair_journal(
     path,       # The journal of a search that no process is writing
 )->int:         # Bytes that were removed
@@ -30,7 +30,7 @@ def repair_journal(
     if kept < size: os.truncate(path, kept)
     return size - kept
 
-# %% ../../nbs/455_search.trials.ipynb #6736a2d6
+# %% ../../nbs/455_search.trials.ipynb #98cdbfcd
 def open_study(
     path,               # The journal; a new one if there is none
     plan:SearchPlan,    # The search
@@ -58,7 +58,7 @@ def version_note(
     return (f'This search was begun with optuna {began}, and this is {optuna.__version__}: '
             'further parameters may differ from those that it would have had.')
 
-# %% ../../nbs/455_search.trials.ipynb #590c0510
+# %% ../../nbs/455_search.trials.ipynb #49460c33
 def _sampler(plan, number, attempt):
     "The sampler of one trial alone"
     from optuna.samplers import RandomSampler, TPESampler
@@ -75,6 +75,7 @@ def _draw(plan, space, number, known, attempt):
     study.add_trials(known)
     return study.ask({d.name: d.distribution() for d in space}).params
 
+# %% ../../nbs/455_search.trials.ipynb #11023df5
 def draw_parameters(
     plan:SearchPlan,    # The search
     space:list,         # From `read_space`
@@ -89,7 +90,7 @@ def draw_parameters(
         if found not in taken: break
     return found
 
-# %% ../../nbs/455_search.trials.ipynb #1fd7d349
+# %% ../../nbs/455_search.trials.ipynb #4cbead90
 def total_trials(
     plan:SearchPlan,    # The search
     space:list,         # From `read_space`
@@ -111,6 +112,7 @@ def _add(study, plan, space, size):
     distributions = {d.name: d.distribution() for d in space}
     study.add_trial(create_trial(state=TrialState.RUNNING, params=found, distributions=distributions))
 
+# %% ../../nbs/455_search.trials.ipynb #9208ce7a
 def next_round(
     study,              # From `open_study`
     plan:SearchPlan,    # The search
@@ -124,7 +126,7 @@ def next_round(
     while len(_trials(study)) < stop: _add(study, plan, space, size)
     return [t for t in _trials(study)[start:stop] if not t.state.is_finished()]
 
-# %% ../../nbs/455_search.trials.ipynb #e7519ab9
+# %% ../../nbs/455_search.trials.ipynb #f282a05c
 @dataclass(frozen=True)
 class TrialResult:
     "How a trial ended"
@@ -142,6 +144,7 @@ def _ended(result):
     if np.isfinite(result.score): return TrialState.COMPLETE, ''
     return TrialState.FAIL, 'The score is no number: the validation patients are too few, or of one class.'
 
+# %% ../../nbs/455_search.trials.ipynb #b89b0775
 def record_trial(
     study,              # From `open_study`
     number:int,         # Of the trial
@@ -153,12 +156,13 @@ def record_trial(
     state, error = _ended(result)
     values = result.curve[:result.stopped] if result.stopped else result.curve
     for step, value in enumerate(values):
-        if step not in trial.intermediate_values and np.isfinite(value): Trial(study, trial._trial_id).report(value, step)
+        known = step in trial.intermediate_values or not np.isfinite(value)
+        if not known: Trial(study, trial._trial_id).report(value, step)
     for name, text in dict(run=result.run, error=error).items():
         if text: Trial(study, trial._trial_id).set_user_attr(name, text)
     study.tell(number, result.score if state == TrialState.COMPLETE else None, state)
 
-# %% ../../nbs/455_search.trials.ipynb #19edd0f0
+# %% ../../nbs/455_search.trials.ipynb #11b6978d
 _least_finished = 5
 
 def stopping_limits(
@@ -176,7 +180,7 @@ def stopping_limits(
     at = [[curve[step] for curve in curves if step in curve] for step in range(epochs)]
     return [float(np.median(values)) for values in at if values]
 
-# %% ../../nbs/455_search.trials.ipynb #ef823fe6
+# %% ../../nbs/455_search.trials.ipynb #a5d6d818
 def trial_table(
     study,              # From `open_study`
     space:list,         # From `read_space`
@@ -194,7 +198,7 @@ def trial_table(
     table.insert(3, 'best', best.ffill())
     return table
 
-# %% ../../nbs/455_search.trials.ipynb #97392325
+# %% ../../nbs/455_search.trials.ipynb #76b40e73
 def best_trial(
     table:pd.DataFrame, # From `trial_table`
     plan:SearchPlan,    # The search
