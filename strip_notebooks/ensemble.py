@@ -33,7 +33,7 @@ def _check_members(specs, shared=_shared):
                                     'an ensemble needs models for the same task.')
 
 # %% ../nbs/315_ensemble.ipynb #a2712d36
-_of_member = ('calibration', 'conformal', 'outliers')   # They hold for the probabilities and embeddings of one member
+_of_member = ('calibration', 'conformal', 'outliers', 'head', 'reference')      # They hold for one member
 
 def _mean_prior(specs):
     "The mean of the priors, or None where one is not known"
@@ -67,7 +67,7 @@ def ensemble_parts(
     return spec, files
 
 # %% ../nbs/315_ensemble.ipynb #4a640ef6
-def _one_member(name, files, spec, device):
+def _one_member(name, files, spec, device, threads):
     "A member's bundle, from the file `name` and those beside it; a `BundleError` if it does not belong to `spec`"
     stem = name.removesuffix('.json')
     try: about = json.loads(files[name])
@@ -78,7 +78,7 @@ def _one_member(name, files, spec, device):
     if about['runtime'] == 'ensemble': raise BundleError(f'{name} is an ensemble itself, which is not supported.')
     own = {n.removeprefix(f'{stem}.'): data for n, data in files.items() if n.startswith(f'{stem}.') and n != name}
     _check_members([spec, check_spec(about['spec'], about['kind'])], ['classes', 'in_channels'])
-    return make_bundle(about['spec'], own, about['runtime'], device, about['kind'])
+    return make_bundle(about['spec'], own, about['runtime'], device, about['kind'], threads)
 
 # %% ../nbs/315_ensemble.ipynb #ff0c82ae
 class EnsembleRuntime:
@@ -87,11 +87,12 @@ class EnsembleRuntime:
         spec:dict,          # From `check_spec`
         files:dict,         # memberNNN.json and memberNNN.FILE -> bytes
         device:str='cpu',   # 'cpu', 'cuda', 'cuda:1', 'mps'
+        threads:int|None=None,  # Threads of one call, for ONNX Runtime and OpenVINO; None asks the machine
     ):
         self.preprocessing = spec_preprocessing(spec)
         names = sorted(n for n in files if n.startswith('member') and n.endswith('.json') and n.count('.') == 1)
         if not names: raise BundleError('The bundle has no file member000.json, so the ensemble has no members.')
-        self.members = [_one_member(n, files, spec, device) for n in names]
+        self.members = [_one_member(n, files, spec, device, threads) for n in names]
 
     def __repr__(self): return f'EnsembleRuntime({plural(len(self.members), "member")})'
 

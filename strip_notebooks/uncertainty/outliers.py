@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OutlierError', 'fit_outliers', 'outlier_scores', 'neighbor_scores', 'patient_scores', 'outlier_threshold',
-           'OutlierFit', 'fit_limit', 'bundle_outliers', 'strange_images', 'detection_table', 'distance_figure',
-           'outlier_sentences', 'outlier_words']
+           'OutlierFit', 'fit_limit', 'PixelPredictions', 'finds_outliers', 'predict_pixels', 'strange_images',
+           'detection_table', 'distance_figure', 'outlier_sentences', 'outlier_words']
 
 # %% ../../nbs/680_uncertainty.outliers.ipynb #1faf5ac8
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from ..bundle import Bundle, Outliers
+from ..calibration import apply_calibration
 from ..core import StripError, derive_seed, listing, plural
-from ..features.embedding import check_finite, image_embeddings
+from ..features.embedding import check_finite, image_embeddings, shows_features
 from ..metrics.intervals import proportion_interval
 from ..statistics import auc, auc_interval
 
@@ -120,20 +121,38 @@ def fit_limit(
     return OutlierFit(arrays, Outliers(threshold=threshold, share=share, patients=len(scores), layer=layer))
 
 # %% ../../nbs/680_uncertainty.outliers.ipynb #c1ecccb0
-def bundle_outliers(
-    bundle:Bundle,      # From `load_bundle`
-    pixels,             # (N, S, S, 3) uint8: preprocessed, not normalized
-    batch_size:int=64,  # Images at a time
-)->np.ndarray:          # (N,) bool
-    "Which images are beyond the limit of a bundle; an `OutlierError` if it has none or shows no features"
+@dataclass(frozen=True, eq=False)
+class PixelPredictions:
+    "What a model says about some images, from one pass of its network"
+    probabilities:np.ndarray    # (N, C), calibrated
+    distances:np.ndarray|None   # (N,) in units of the limit for outliers; None where outliers are not looked for
+    outputs:dict                # From `Bundle.outputs`
+
+    @property
+    def outliers(self)->np.ndarray:
+        "(N,) which images are beyond the limit"
+        return np.zeros(len(self.probabilities), bool) if self.distances is None else self.distances > 1
+
+def finds_outliers(
+    bundle:Bundle,  # From `load_bundle`
+)->bool:
+    "Whether a bundle has a limit for outliers and a network that shows the features that it needs"
     about = bundle.spec['outliers']
-    if not about:
-        raise OutlierError('The bundle has no limit for outliers; derive one that has, with validation patients.')
-    if not hasattr(bundle.engine, 'model'):
-        raise OutlierError(f'A bundle with the runtime {bundle.runtime!r} shows no features, '
-                           'so outliers are not found.')
-    features = image_embeddings(bundle, pixels, about['layer'], batch_size)
-    return outlier_scores(features, bundle.arrays) > about['threshold']
+    return about is not None and (hasattr(bundle.engine, 'model') or shows_features(bundle) and not about['layer'])
+
+# %% ../../nbs/680_uncertainty.outliers.ipynb #0ad2447f
+def predict_pixels(
+    bundle:Bundle,      # From `load_bundle`
+    pixels,             # (N, S, S, 3) uint8: preprocessed, not normalized; at least one image
+    batch_size:int=64,  # Images at a time
+)->PixelPredictions:
+    "Probabilities and, where the bundle has a limit, distances; of the last features in one pass of the network"
+    found, about = bundle.outputs(pixels, batch_size), bundle.spec['outliers']
+    p = apply_calibration(found['logits'], bundle.spec['calibration'])
+    if not finds_outliers(bundle): return PixelPredictions(p, None, found)
+    own = 'features' in found and not about['layer']
+    features = found['features'] if own else image_embeddings(bundle, pixels, about['layer'], batch_size)
+    return PixelPredictions(p, outlier_scores(features, bundle.arrays)/about['threshold'], found)
 
 # %% ../../nbs/680_uncertainty.outliers.ipynb #0c419f93
 def _photographs(n, size, rng):
