@@ -84,7 +84,6 @@ def open_series(
     if unfinished:
         run = unfinished[-1]
         run.resume()
-        write_json(run.path/'parameters.json', parameters)
         return Series(run, *(read_json(run.path/'series.json')[k] for k in ('threads', 'size')), True)
     run = new_run(step, parameters, root)
     threads = max(1, thread_count()//workers)
