@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from .core import StripError, nearest, plural, read_json, remove_temporaries, write_json, write_text
-from .processes import remove_worker_files
+from .processes import ending_words, remove_worker_files
 from .runs import (Owner, Run, RunError, list_runs, new_run, now, open_run, process_started,
                                  remove_new_folders, workspace)
 from .settings import step_settings, study_steps
@@ -251,14 +251,6 @@ def _stoppable(kernel):
     finally:
         for number, before in heard.items(): signal.signal(number, before)
 
-# %% ../nbs/900_experiments.ipynb #1998b21e
-def _ending(code):
-    "How a process ended, in words"
-    if code is None or code >= 0: return f'ended with the code {code}'
-    if code == -getattr(signal, 'SIGKILL', 9):
-        return 'was killed (SIGKILL), as the system does when the memory runs out'
-    return f'crashed ({signal.Signals(-code).name})'
-
 # %% ../nbs/900_experiments.ipynb #64360a9e
 def _reason(error, kernel):
     "What went wrong, without a full stop"
@@ -266,7 +258,7 @@ def _reason(error, kernel):
     if 'Kernel died' in str(error) and kernel.process:
         last = kernel.output()[-1:]
         output = f'; its last output was {last[0]!r}' if last else ''
-        return f'its process {_ending(kernel.process.wait())}{output}'
+        return f'its process {ending_words(kernel.process.wait())}{output}'
     if getattr(error, 'errno', None) == errno.EMFILE:
         return 'too many files are open; allow more with `ulimit -n`'
     if getattr(error, 'strerror', None):
@@ -408,7 +400,7 @@ def find_run(
                           f'create one with `clot run {steps[0]}`.')
 
 # %% ../nbs/900_experiments.ipynb #eeb5408a
-builds_on = dict(train=('prepare_run', ['prepare']), crossval=('prepare_run', ['prepare']),
+builds_on = dict(**dict.fromkeys(['train', 'search_trial', 'crossval'], ('prepare_run', ['prepare'])),
                  derive=('train_run', ['train']),
                  **dict.fromkeys(['evaluate', *study_steps, 'optimize'], ('train_run', ['train', 'derive'])),
                  report=('evaluate_run', ['evaluate']))
@@ -476,6 +468,8 @@ def run_experiment(
     parameters:dict|None=None, # Name -> value; the notebook's default for all others
     root=None,              # The folder of all runs; None is the workspace's runs/
     show:bool=True,         # Print the notebook's output as it appears
+    threads:int|None=None,  # Threads of one process; None asks the machine
+    part_of:str='',         # The search or batch that starts it, and as what
 )->Run:                     # The finished run
     "Execute an experiment into a new run; a `StripError` that says how to resume it if it fails"
     path = experiment_path(step)
@@ -484,7 +478,7 @@ def run_experiment(
     if not own:
         values, parent = with_parent(step, values, root)
         check_names(values, parent)
-    return _execute(path, new_run(path.stem, values, root, own), show)
+    return _execute(path, new_run(path.stem, values, root, own, threads, part_of), show)
 
 # %% ../nbs/900_experiments.ipynb #f407b73d
 def _notebook_of(run):
@@ -535,9 +529,11 @@ def _minutes(status):
     began, ended = (datetime.fromisoformat(t) for t in (status.started, status.ended or now()))
     return f'{(ended - began).total_seconds()/60:.1f}'
 
+_trainings = ['train', 'search_trial', 'crossval']
+
 def _settings_of(run):
     "data, model, epochs, seed and minutes of a run, as text"
-    prepared, trained = _origin(run, 'prepare'), _origin(run, 'train') or _origin(run, 'crossval')
+    prepared, trained = _origin(run, 'prepare'), next(filter(None, (_origin(run, s) for s in _trainings)), None)
     given = trained.parameters if trained else {}
     return dict(data=_data_words(prepared) if prepared else '', model=given.get('arch', ''),
                 epochs=str(given.get('epochs', '')), seed=str(run.parameters.get('seed', given.get('seed', ''))),

@@ -11,8 +11,8 @@ import threading
 import numpy as np
 from fastcore.basics import patch
 
-from .bundle import BundleError, load_head, register_runtime, spec_preprocessing
-from .onnx_runtime import check_outputs
+from .bundle import BundleError, register_runtime
+from .onnx_runtime import PixelRuntime, check_outputs
 from .processes import cpu_count
 
 # %% ../nbs/319_openvino_runtime.ipynb #c4b5751e
@@ -69,7 +69,7 @@ def compiled_model(
         raise BundleError(f'{openvino_files[0]} cannot be loaded: {str(e).splitlines()[0][:200]}.') from None
 
 # %% ../nbs/319_openvino_runtime.ipynb #01142521
-class OpenvinoRuntime:
+class OpenvinoRuntime(PixelRuntime):
     "A network as an OpenVINO model"
     def __init__(self,
         spec:dict,              # From `check_spec`
@@ -78,16 +78,10 @@ class OpenvinoRuntime:
         threads:int|None=None,  # Threads of one call; None takes all cores
     ):
         if device != 'cpu': raise BundleError(f'Device {device!r} cannot be used by the runtime openvino; use cpu.')
-        self.preprocessing, self.head = spec_preprocessing(spec), load_head(spec, files)
+        super().__init__(spec, files)
         self.compiled, self.own = compiled_model(files, threads), threading.local()
         self.names = [output.any_name for output in self.compiled.outputs]
         check_outputs(self, openvino_files[0], len(spec['classes']))
-
-    def batch(self,
-        pixels, # (N, S, S, 3), uint8
-    ):          # The same
-        "Pixels as the network takes them"
-        return np.ascontiguousarray(pixels)
 
 # %% ../nbs/319_openvino_runtime.ipynb #945832ea
 @patch
@@ -98,12 +92,5 @@ def outputs(self:OpenvinoRuntime,
     if not hasattr(self.own, 'request'): self.own.request = self.compiled.create_infer_request()
     found = self.own.request.infer(dict(image=batch))
     return {name: np.array(found[name]) for name in self.names}
-
-@patch
-def logits(self:OpenvinoRuntime,
-    batch,  # From `batch`
-):          # (N, C), float32
-    "The logits of a batch"
-    return self.outputs(batch)['logits']
 
 register_runtime('openvino', OpenvinoRuntime)

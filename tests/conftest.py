@@ -1,5 +1,5 @@
 "What every test shares: the repository's root, and no more threads than there are cores for the workers."
-import fcntl, os, signal, subprocess, sys
+import contextlib, fcntl, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,16 @@ def real():
     if not folder.is_dir(): pytest.skip('there is no folder ../shared/real with real images')
     return folder
 
+@contextlib.contextmanager
+def shared_folder(tmp_path_factory, worker_id, name):
+    "A folder that all workers share; in the block, no other worker is"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == 'master' else base.parent)/name
+    folder.mkdir(exist_ok=True)
+    with open(folder/'lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
 CLASSES = ['CE', 'LAA', '<b>other</b>']
 
 def three_classes(folder):
@@ -55,14 +65,10 @@ def three_classes(folder):
 @pytest.fixture(scope='session')
 def three(tmp_path_factory, worker_id):
     "A workspace with a whole demo, studies included, on images of three classes, one with markup in its name; run once for all workers"
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == 'master' else base.parent)/'three'
-    folder.mkdir(exist_ok=True)
     small = ['--data', 'cohort.csv', '--size', '32', '--epochs', '2', '-p', 'evaluate.resamples=200', '-p', 'explain.resamples=200', '-p', 'features.resamples=100',
              '-p', 'features.projection=pca', '-p', 'uncertainty.resamples=200', '-p', 'robustness.resamples=100', '-p', 'robustness.severities=3',
              '-p', 'bias.resamples=200', '-p', 'bias.permutations=500']
-    with open(folder/'lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with shared_folder(tmp_path_factory, worker_id, 'three') as folder:
         if not (folder/'said.txt').exists():
             three_classes(folder)
             done = subprocess.run([str(Path(sys.executable).parent/'clot'), 'demo', *small], cwd=folder, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})

@@ -1,10 +1,11 @@
 "The command line as a user has it: whole runs in processes of their own, wrong input, failures, a stopped training"
-import fcntl, json, os, re, shlex, shutil, signal, subprocess, sys
+import json, os, re, shlex, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import shared_folder
 
 from strip_notebooks.bundle import load_bundle
 from strip_notebooks.cli import main, parser
@@ -30,11 +31,7 @@ def newest(folder, step):
 @pytest.fixture(scope='session')
 def demo(tmp_path_factory, worker_id):
     "A workspace in which a small demo was run, and what it printed; run once for all workers"
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == 'master' else base.parent)/'work space'
-    folder.mkdir(exist_ok=True)
-    with open(folder/'lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with shared_folder(tmp_path_factory, worker_id, 'work space') as folder:
         if not (folder/'said.txt').exists():
             done = clot('demo', *SMALL, cwd=folder)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,5 +1,5 @@
 "A real server in a process of its own, asked by curl and by clients that behave and that do not; what it says is what `clot predict` says"
-import contextlib, csv, fcntl, importlib.util, json, os, re, signal, socket, subprocess, sys, threading, time
+import contextlib, csv, importlib.util, json, os, re, signal, socket, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pandas as pd
 import psutil
 import pytest
 import tifffile
+from conftest import shared_folder
 
 from strip_notebooks.bundle import derive_bundle, load_bundle, outlier_file, parent_files, save_bundle, torch_parts
 from strip_notebooks.data.formats import write_image
@@ -16,6 +17,7 @@ from strip_notebooks.data.preprocess import Preprocessing
 from strip_notebooks.models import create_model
 from strip_notebooks.optimize.export import export_bundle
 from strip_notebooks.predict import predict_files
+from strip_notebooks.reference import make_reference
 from strip_notebooks.uncertainty.outliers import fit_limit
 
 KEY, METRICS_KEY = 'correct-horse-battery-staple', 'another-long-enough-key'
@@ -39,18 +41,15 @@ def make_bundles(folder):
     seen = pd.DataFrame(dict(patient_id=[f'{k}' for k in range(60)], label=['CE', 'CE', 'LAA', 'LAA']*15, split=['train', 'val']*30))
     fit = fit_limit(plain.outputs(noise(60))['features'], seen, plain.classes)
     middle = float(np.median(1 - plain.probabilities(noise(9))[:, 1]))
-    changes = dict(outliers=fit.limit, conformal=dict(level=.9, limits=[1., middle], patients=[20, 20]))
+    usual = make_reference(plain.probabilities(noise(60)), ['LAA', 'CE']*30, plain.classes, np.linspace(.4, 1.1, 60)).model_dump()
+    changes = dict(outliers=fit.limit, conformal=dict(level=.9, limits=[1., middle], patients=[20, 20]), reference=usual)
     full = load_bundle(derive_bundle(plain, folder/'torch', {**parent_files(plain), outlier_file: fit.data}, **changes))
     export_bundle(full, folder/'onnx', noise(8))
 
 @pytest.fixture(scope='session')
 def bundles(tmp_path_factory, worker_id):
     "Made once for all workers"
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == 'master' else base.parent)/'serving'
-    folder.mkdir(exist_ok=True)
-    with open(folder/'lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with shared_folder(tmp_path_factory, worker_id, 'serving') as folder:
         if not (folder/'onnx'/'bundle.json').exists(): make_bundles(folder)
     return folder
 

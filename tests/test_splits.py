@@ -120,7 +120,7 @@ def test_messages_name_no_patient(tmp_path):
 
 def test_every_code_is_documented_and_used():
     "The registry of findings, its page and the library name the same codes"
-    library = {p.name: p.read_text() for p in (ROOT/'strip_notebooks').rglob('*.py') if p.name != 'findings.py'}
+    library = {p: p.read_text() for p in (ROOT/'strip_notebooks').rglob('*.py') if p.name != 'findings.py'}
     used = set(re.findall(r"'((?:CHK|AUD)\d{3})'", '\n'.join(library.values())))
     assert used == set(kinds)
     page = (ROOT/'nbs'/'050_findings.ipynb').read_text()

@@ -215,8 +215,8 @@ def read_dicom(
         check_choice(source.name, reading.level, 1, 'level')
         layout = frame_layout(header)
         every = reading.frame == 'all'
-        if every: indices = range(layout.frames)
-        else: indices = [check_choice(source.name, reading.frame or 0, layout.frames, 'frame')]
+        first = check_choice(source.name, (not every and reading.frame) or 0, layout.frames, 'frame', limits)
+        indices = range(layout.frames) if every else [first]
         check_pixels(source.name, layout.rows*layout.columns*len(indices), limits)
         frames = zip(indices, stored_frames(header, layout, indices))
         pictures = [_picture(source.name, _of_frame(header, i), layout, a, reading.window) for i,a in frames]

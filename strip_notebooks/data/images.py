@@ -59,6 +59,7 @@ class Limits:
     "What is refused before it is decoded"
     file_bytes:int = 4*2**30    # Bytes of the file, and of what a compressed stream may unpack to
     pixels:int = 150_000_000    # Pixels of all frames that are asked for
+    frames:int = 1_000_000      # Frames (DICOM) or volumes (NIfTI) of a file, also if only one of them is read
     nesting:int = 32            # Levels of DICOM sequences
 
 # %% ../../nbs/100_data.images.ipynb #9cacb71a
@@ -92,8 +93,12 @@ def check_choice(
     index,      # What is asked for; negative counts from the end
     count:int,  # How many there are
     what:str,   # Of what, for the message
+    limits:Limits=Limits(), # Its most frames
 )->int:         # The index from 0
-    "`index` if it is one of `count`; an `ImageError` if not"
+    "`index` if it is one of `count`; an `ImageError` if not, or if there are more than the limit"
+    if count > limits.frames:
+        raise ImageError(name, 'too_large', f'it has {count:,} {what}s, and {limits.frames:,} are allowed; '
+                                            'read a part of it, or raise Limits.frames.')
     if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not -count <= index < count:
         raise ImageError(name, 'choice', f'there is no {what} {index!r}; it has {count}.')
     return int(index) % count

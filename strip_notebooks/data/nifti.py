@@ -257,7 +257,7 @@ def read_nifti(
         check_choice(source.name, reading.level, 1, 'level')
         volume = _open_volume(source, limits)
         check_pixels(source.name, volume.sides[0]*volume.sides[1], limits)
-        number = check_choice(source.name, reading.frame or 0, volume.shape[3], 'volume')
+        number = check_choice(source.name, reading.frame or 0, volume.shape[3], 'volume', limits)
         index = _stored_index(source, volume, limits, number, reading.slice)
         measured = not (reading.window or volume.asked or volume.is_color or volume.is_plain)
         a,seen = _pass(source, volume, limits, number, index, measured)

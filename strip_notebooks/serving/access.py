@@ -22,7 +22,7 @@ class ServerLimits:
     body_bytes:int = 64*2**20       # Bytes of the body of a request
     files:int = 64                  # Files of a batch
     pixels:int = 100_000_000        # Pixels of an image
-    frames:int = 4096               # Frames, pages or volumes of a file
+    frames:int = 4096               # Frames (DICOM) or volumes (NIfTI) of a file
     nesting:int = 32                # Levels of DICOM sequences
     head_seconds:float = 5          # Seconds from opening a connection to a complete head
     body_seconds:float = 10         # Seconds for the body, and one more for each `body_rate` bytes
@@ -37,7 +37,7 @@ class ServerLimits:
     @property
     def image(self):
         "The limits for the readers of images"
-        return Limits(file_bytes=self.body_bytes, pixels=self.pixels, nesting=self.nesting)
+        return Limits(self.body_bytes, self.pixels, self.frames, self.nesting)
 
 # %% ../../nbs/963_serving.access.ipynb #106a6ec8
 def body_deadline(

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ImageFile', 'ImageFiles', 'PatientIds', 'FormUncertainty', 'FormExplain', 'AskUncertainty', 'AskExplain', 'Health',
            'Ready', 'Reloaded', 'id_of', 'refuse', 'invalid_request', 'add_refusals', 'ClientLeft', 'while_connected',
-           'Desk', 'desk_of', 'read_upload', 'asked_for', 'answer_all', 'predict', 'check_batch', 'batch_predict',
-           'batch_answer', 'health', 'ready', 'model', 'reload', 'metrics', 'page', 'add_addresses', 'create_app']
+           'Shared', 'shared_by', 'read_upload', 'count_unreadable', 'answer_all', 'predict', 'check_batch',
+           'batch_predict', 'batch_answer', 'health', 'ready', 'model', 'reload', 'metrics', 'page', 'add_routes',
+           'create_app']
 
 # %% ../../nbs/969_serving.app.ipynb #77b39a44
 import asyncio, time
@@ -110,7 +111,7 @@ async def while_connected(
 
 # %% ../../nbs/969_serving.app.ipynb #dde55889
 @dataclass
-class Desk:
+class Shared:
     "What the addresses share"
     service:Service
     access:Access = Access()    # Who may use which address
@@ -118,11 +119,11 @@ class Desk:
     audit:object = None         # Writes one line per answer
     page:str = ''               # The page at /
 
-def desk_of(
+def shared_by(
     request:Request,    # Of an application from `create_app`
-)->Desk:
+)->Shared:
     "What the addresses share"
-    return request.app.state.desk
+    return request.app.state.shared
 
 async def read_upload(
     file:UploadFile,    # From a form
@@ -130,19 +131,21 @@ async def read_upload(
     "The bytes of an uploaded file and the ending of its name, which is all that is kept of it"
     return Upload(await file.read(), upload_suffix(file.filename))
 
-def asked_for(
-    uncertainty:bool,   # In the form or in the address
-    explain:bool,       # In the form or in the address
-)->Asked:
-    "What is asked beside the usual"
-    return Asked(bool(uncertainty), bool(explain))
-
 # %% ../../nbs/969_serving.app.ipynb #6782f4ab
-def _told(desk, request_id, upload, answer):
+def _recorded(shared, request_id, upload, answer):
     "The same answer, after it was counted and written into the audit log"
-    if desk.telemetry: desk.telemetry.observe(answer)
-    if desk.audit: desk.audit.write(request_id, upload.data, answer['model']['sha256'], answer)
+    if shared.telemetry: shared.telemetry.observe(answer)
+    if shared.audit: shared.audit.write(request_id, upload.data, answer['model']['sha256'], answer)
     return answer
+
+# %% ../../nbs/969_serving.app.ipynb #d6ad8ece
+def count_unreadable(
+    shared:Shared,      # With the telemetry
+    found:list,     # An answer or a `Refusal` per file of a batch
+)->None:
+    "Count the files of a batch that have no answer; a request that is refused as a whole is counted elsewhere"
+    for f in found:
+        if shared.telemetry and isinstance(f, Refusal): shared.telemetry.refuse(f.code)
 
 async def answer_all(
     request:Request,    # Whose body has been read
@@ -150,12 +153,12 @@ async def answer_all(
     asked:Asked,        # What is asked beside the usual
 )->tuple:               # The model, and a dict or a `Refusal` per file
     "The framed answers to the files of a request"
-    desk, began = desk_of(request), time.perf_counter()
-    served = desk.service.served
-    found = await while_connected(request, desk.service.answers(served, uploads, asked))
+    shared, began = shared_by(request), time.perf_counter()
+    served = shared.service.served
+    found = await while_connected(request, shared.service.answers(served, uploads, asked))
     seconds, ids = time.perf_counter() - began, [id_of(request)]
     if len(uploads) > 1: ids = [f'{ids[0]}.{k}' for k in range(len(uploads))]
-    framed = [f if isinstance(f, Refusal) else _told(desk, i, u, dict(f, **frame_part(served.bundle, i, seconds)))
+    framed = [f if isinstance(f, Refusal) else _recorded(shared, i, u, dict(f, **frame_part(served.bundle, i, seconds)))
               for f, i, u in zip(found, ids, uploads)]
     return served, framed
 
@@ -180,7 +183,7 @@ async def predict(
     explain:AskExplain=False,               # In the address
 ):
     "What the model says about one image"
-    asked = asked_for(form_uncertainty or uncertainty, form_explain or explain)
+    asked = Asked(form_uncertainty or uncertainty, form_explain or explain)
     _, (found,) = await answer_all(request, [await read_upload(file)], asked)
     if isinstance(found, Refusal): raise found
     return found
@@ -211,10 +214,11 @@ async def batch_predict(
     explain:AskExplain=False,               # In the address
 ):
     "What the model says about several images, and about their patients"
-    began, most = time.perf_counter(), desk_of(request).service.settings.limits.files
+    began, most = time.perf_counter(), shared_by(request).service.settings.limits.files
     check_batch(files, patient_id, most)
-    asked = asked_for(form_uncertainty or uncertainty, form_explain or explain)
+    asked = Asked(form_uncertainty or uncertainty, form_explain or explain)
     served, found = await answer_all(request, [await read_upload(file) for file in files], asked)
+    count_unreadable(shared_by(request), found)
     return batch_answer(served.bundle, found, patient_id, id_of(request), time.perf_counter() - began)
 
 # %% ../../nbs/969_serving.app.ipynb #0200e14f
@@ -236,21 +240,21 @@ async def health(
     request:Request,    # The request
 ):
     "The process lives"
-    served = desk_of(request).service.served
+    served = shared_by(request).service.served
     return dict(status='ok', model_loaded=True, version=served.bundle.sha256[:12])
 
 async def ready(
     request:Request,    # The request
 ):
     "The server can answer; 503 while it starts"
-    if not desk_of(request).service.ready: raise Refusal('not_ready', 'The server is starting.', 1)
+    if not shared_by(request).service.ready: raise Refusal('not_ready', 'The server is starting.', 1)
     return dict(ready=True)
 
 async def model(
     request:Request,    # The request
 )->dict:
     "The model card, and which model answers"
-    served = desk_of(request).service.served
+    served = shared_by(request).service.served
     can = {name: not reason for name, reason in served.missing.items()}
     return dict(served.card, served=dict(model_part(served.bundle), **can))
 
@@ -259,30 +263,30 @@ async def reload(
     request:Request,    # The request
 ):
     "Read the bundle in the configured folder again; if it is not usable, the old model keeps answering"
-    desk = desk_of(request)
-    if not desk.access.keys:
+    shared = shared_by(request)
+    if not shared.access.keys:
         raise Refusal('closed', 'The server has no key, so its model is not changed here; send it SIGHUP.')
-    try: changed = await desk.service.reload()
+    try: changed = await shared.service.reload()
     except Refusal: raise
     except StripError:
         raise Refusal('invalid', 'The bundle in the configured folder is not usable, so the old model keeps answering; '
                                  '`clot predict FOLDER --about` says what is wrong with it.') from None
-    return dict(changed=changed, model=model_part(desk.service.served.bundle))
+    return dict(changed=changed, model=model_part(shared.service.served.bundle))
 
 # %% ../../nbs/969_serving.app.ipynb #9641cc04
 async def metrics(
     request:Request,    # The request
 )->Response:
     "Numbers for Prometheus"
-    desk = desk_of(request)
-    if not desk.telemetry: raise Refusal('not_found', _sentences['not_found'])
-    return Response(desk.telemetry.render(), media_type='text/plain; version=0.0.4; charset=utf-8')
+    shared = shared_by(request)
+    if not shared.telemetry: raise Refusal('not_found', _sentences['not_found'])
+    return Response(shared.telemetry.render(), media_type='text/plain; version=0.0.4; charset=utf-8')
 
 async def page(
     request:Request,    # The request
 )->Response:
     "A page on which images can be dropped; without one, the documentation"
-    found = desk_of(request).page
+    found = shared_by(request).page
     return HTMLResponse(found) if found else RedirectResponse('/docs')
 
 # %% ../../nbs/969_serving.app.ipynb #243425ef
@@ -291,7 +295,7 @@ _codes_of = {status: [c for c in refusals if refusals[c] == status] for status i
 _answers = {status: dict(model=ErrorAnswer, description='Refused: ' + ', '.join(codes))
             for status, codes in _codes_of.items()}
 
-def add_addresses(
+def add_routes(
     app:FastAPI,    # The application
 )->None:
     "Add all addresses to an application"
@@ -322,7 +326,7 @@ def _lifespan(service):
 
 # %% ../../nbs/969_serving.app.ipynb #ead3ffe7
 def create_app(
-    desk:Desk,      # What the addresses share
+    shared:Shared,      # What the addresses share
 )->FastAPI:
     "The REST interface of a service; it starts and ends with the application"
     from fastapi_offline import FastAPIOffline
@@ -330,10 +334,10 @@ def create_app(
     about = ('A class and its probabilities for images of stroke clots, per image and per patient. '
              'Research use only: nothing here may decide how a patient is treated.')
     app = FastAPIOffline(title='clot serve', version=__version__, description=about, redoc_url=None,
-                         lifespan=_lifespan(desk.service))
-    app.state.desk = desk
+                         lifespan=_lifespan(shared.service))
+    app.state.shared = shared
     async def left(request, error): return Response(status_code=499)
     app.add_exception_handler(ClientLeft, left)
     add_refusals(app)
-    add_addresses(app)
+    add_routes(app)
     return app

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['key_variable', 'metrics_variable', 'is_local', 'check_key', 'open_port', 'ClotProtocol', 'ClotServer',
-           'ServerSettings', 'make_server', 'serve']
+           'ServerSettings', 'watched', 'make_server', 'serve']
 
 # %% ../../nbs/970_serving.server.ipynb #b5ff8e66
 import asyncio, contextlib, errno, ipaddress, logging, os, signal, socket, threading
@@ -18,9 +18,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..core import StripError
 from .access import (Access, Keys, Refusal, ServerLimits, error_body, local_hosts, read_keys,
                                             request_id)
-from .app import Desk, create_app
+from .app import Shared, create_app
+from .audit_log import AuditLog
 from .guard import Guard
 from .service import Service, ServiceSettings
+from .telemetry import Counted, Telemetry
 
 # %% ../../nbs/970_serving.server.ipynb #91afd772
 key_variable, metrics_variable = 'STRIP_API_KEY', 'STRIP_METRICS_KEY'   # Environment variables
@@ -108,10 +110,11 @@ def idle(self:ClotProtocol)->bool:
 
 @patch
 def make_room(self:ClotProtocol)->None:
-    "Close a connection if there are too many: the oldest that is idle, or else this one"
+    "Close a connection if there are too many: the oldest that is idle, or else still sends, or else this one"
     if len(self.connections) <= self.limits.connections: return
-    others = [c for c in self.connections if c is not self and c.idle and not c.transport.is_closing()]
-    min(others, key=lambda c: c.made, default=self).transport.close()
+    others = [c for c in self.connections if c is not self and not c.transport.is_closing()]
+    free = [c for c in others if c.idle] or [c for c in others if c.conn.their_state is h11.SEND_BODY]
+    min(free, key=lambda c: c.made, default=self).transport.close()
 
 # %% ../../nbs/970_serving.server.ipynb #e9af32db
 class ClotServer(uvicorn.Server):
@@ -144,7 +147,7 @@ def is_ready(self:ClotServer,
     "Say that the server is ready, or end if it cannot be"
     if starting.cancelled(): return
     if starting.exception(): self.should_exit = True
-    else: self.log.info('ready: %s', self.app.state.desk.service.served.bundle)
+    else: self.log.info('ready: %s', self.app.state.shared.service.served.bundle)
 
 @patch
 def hang_up(self:ClotServer)->None:
@@ -154,7 +157,7 @@ def hang_up(self:ClotServer)->None:
 @patch
 async def reload(self:ClotServer)->None:
     "Load the model again, and say whether another one answers now"
-    service = self.app.state.desk.service
+    service = self.app.state.shared.service
     try: changed = await service.reload()
     except StripError as e: self.log.error('not reloaded, so the old model keeps answering: %s', e)
     else: self.log.info('%s: %s', 'another model answers' if changed else 'the same model', service.served.bundle)
@@ -168,6 +171,7 @@ class ServerSettings:
     keys:Keys = Keys()          # For everything but /health, /ready, the page and /docs
     metrics_keys:Keys = Keys()  # For /metrics
     page:str = ''               # The page at /, HTML
+    audit:str = ''              # File of the audit log; empty writes none
 
     @property
     def access(self)->Access:
@@ -175,16 +179,35 @@ class ServerSettings:
         hosts = (*local_hosts, self.host.lower()) if is_local(self.host) else ()
         return Access(self.keys, self.metrics_keys, hosts)
 
+# %% ../../nbs/970_serving.server.ipynb #7da94217
+def watched(
+    service:Service,    # From now on it is timed and counted
+)->Telemetry:
+    "The telemetry of a service"
+    telemetry = Telemetry(lambda: service.served.bundle)
+    service.decoding.function = telemetry.timed('decoding', service.decoding.function)
+    service.calls.function = telemetry.timed('model', service.calls.function)
+    service.reload = telemetry.counted_reload(service.reload)
+    telemetry.watch('clot_ready', 'Whether the server can answer', lambda: service.ready)
+    telemetry.watch('clot_queue_depth', 'Images that wait', lambda: service.decoding.depth + service.calls.depth)
+    telemetry.watch('clot_in_flight', 'Images that wait or are worked on', lambda: service.places.taken)
+    telemetry.watch('clot_queue_places', 'Images in the server at once, at most', lambda: service.places.most)
+    return telemetry
+
 # %% ../../nbs/970_serving.server.ipynb #8f828908
 def make_server(
     service:ServiceSettings,    # How it works
     settings:ServerSettings,    # Where it listens, and for whom
 )->ClotServer:
     "A server with its model loaded; a `StripError` that says what is wrong with it"
-    app = create_app(Desk(Service(service), settings.access, page=settings.page))
+    works = Service(service)
+    telemetry = watched(works)
+    audit = AuditLog(settings.audit, failed=telemetry.audit_failures.inc) if settings.audit else None
+    app = create_app(Shared(works, settings.access, telemetry, audit, settings.page))
     protocol = type('LimitedProtocol', (ClotProtocol,), dict(limits=service.limits))
     guard = Guard(app, settings.access, service.limits)
-    config = uvicorn.Config(guard, log_config=None, access_log=False, server_header=False, proxy_headers=False,
+    counted = Counted(guard, telemetry, [route.path for route in app.routes])
+    config = uvicorn.Config(counted, log_config=None, access_log=False, server_header=False, proxy_headers=False,
                             http=protocol, ws='none', lifespan='on',
                             timeout_graceful_shutdown=round(service.deadline) + 15)
     return ClotServer(config, app)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Place', 'check_devices', 'loopback', 'open_store', 'join_group', 'tell', 'heard', 'named_function', 'run_member',
-           'Member', 'end_members', 'failure', 'follow', 'prints_folder', 'run_together']
+           'Member', 'end_members', 'failure', 'follow', 'run_together']
 
 # %% ../../nbs/418_training.processes.ipynb #bed2507a
 import importlib, json, os, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
@@ -15,7 +15,7 @@ from queue import Queue
 from fastcore.basics import patch
 
 from ..core import StripError, derive_seed, plural
-from ..processes import cpu_count, remove_worker_files
+from ..processes import cpu_count, ending_words, worker_folder
 from .losses import TrainingError
 
 # %% ../../nbs/418_training.processes.ipynb #6f518286
@@ -184,11 +184,6 @@ def end_members(
         m.process.stdin.close()
 
 # %% ../../nbs/418_training.processes.ipynb #d18c953b
-def _ending_of(code):
-    "How a process ended, in words"
-    if code != -getattr(signal, 'SIGKILL', 9): return f'crashed ({signal.Signals(-code).name})'
-    return 'was killed (SIGKILL), as the system does when the memory runs out'
-
 def _cause_rank(member):
     "The lower, the more likely the end of this member is the cause"
     if member.process.returncode < 0: return 0
@@ -210,7 +205,7 @@ def failure(
     m = min(ended, key=_cause_rank)
     code = m.process.returncode
     last = ([''] + m.output.read_text(errors='replace').strip().splitlines())[-1][:300]
-    how = _ending_of(code) if code < 0 else f'failed ({last or f"exit code {code}"})'
+    how = ending_words(code) if code < 0 else f'failed ({last or f"exit code {code}"})'
     return TrainingError(f'Process {m.place.rank + 1} of {m.place.world} {how}; the others were stopped. '
                          'The last checkpoint is intact: resume from it.')
 
@@ -229,12 +224,6 @@ def follow(
             if member.process.wait(): raise failure(members)
         elif (message := heard(line)) and 'error' not in message: on_message(message)
 
-# %% ../../nbs/418_training.processes.ipynb #f44b2cd8
-def prints_folder()->str:
-    "A new temporary folder, named by the number of this process, so that it is removed when the process was killed"
-    remove_worker_files()
-    return tempfile.mkdtemp(prefix=f'strip-workers-{os.getpid()}-')
-
 # %% ../../nbs/418_training.processes.ipynb #7420ffe3
 def run_together(
     function:str,       # Such as 'module:function'; called with a `Place` and the arguments in each process
@@ -247,7 +236,7 @@ def run_together(
     import torch
     check_devices(device, devices)
     threads = max(1, torch.get_num_threads()//devices)
-    folder, lines, members = prints_folder(), Queue(), []
+    folder, lines, members = worker_folder(), Queue(), []
     common = dict(function=function, arguments=arguments, device=device, where=f'{folder}/store', path=sys.path)
     try:
         for rank in range(devices):
