@@ -544,6 +544,8 @@ def _add_batch(command):
 # %% ../nbs/990_cli.ipynb #5e72f7d3
 _about = ('Predicts whether a clot came from the heart (CE) or a large artery (LAA) from images, per patient and with '
           'intervals. For research only.')
+_go_on = 'Killed? The same command continues. More --trials later? They are added.'
+_again = 'Killed, or jobs failed? The same command does what is left.'
 _demo_help = 'prepare, train, evaluate, study and report in a row, on synthetic clots or on your images'
 
 def parser()->argparse.ArgumentParser:
@@ -564,10 +566,8 @@ def parser()->argparse.ArgumentParser:
     _add_predict(command('predict', predict_command, 'predict new images with a trained model; no labels needed'))
     _add_serve(command('serve', serve_command, 'serve a trained model over HTTP: an API and a page for images'))
     _add_evaluate(command('evaluate', evaluate_command, "evaluate someone else's predictions: tables, figures, report"))
-    _add_search(command('search', search_command, 'search the best parameters, on validation patients',
-                        epilog='Killed? The same command continues. More --trials later? They are added.'))
-    _add_batch(command('batch', batch_command, 'run many notebooks with parameters, several at once',
-                       epilog='Killed, or jobs failed? The same command does what is left.'))
+    _add_search(command('search', search_command, 'search the best parameters, on validation patients', epilog=_go_on))
+    _add_batch(command('batch', batch_command, 'run many notebooks with parameters, several at once', epilog=_again))
     return main
 
 # %% ../nbs/990_cli.ipynb #85399e47

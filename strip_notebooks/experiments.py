@@ -483,6 +483,8 @@ def run_experiment(
 # %% ../nbs/900_experiments.ipynb #f407b73d
 def _notebook_of(run):
     "The notebook that a run executes: of the experiment, of the user's own where it was, or its copy"
+    if run.step in ('search', 'batch'):
+        raise ExperimentError(f'{run.name} is a {run.step}; `clot {run.step}` with its YAML file continues it.')
     own = run.status.notebook
     if not own: return experiment_path(run.step)
     return Path(own) if Path(own).is_file() else run.source

@@ -185,8 +185,7 @@ def trial_line(
     score = f'{plan.metric} {result.score:.3f}'
     if result.stopped: score += f', stopped after {plural(result.stopped, "epoch")}'
     if result.error: score = f'failed: {result.error}'
-    done = sum(1 for r in results.values())
-    return f'[{done}/{total}] trial {trial.number} ({given}): {score}{_best_words(results, plan)}'
+    return f'[{len(results)}/{total}] trial {trial.number} ({given}): {score}{_best_words(results, plan)}'
 
 # %% ../nbs/906_searches.ipynb #be2a2cfe
 @patch

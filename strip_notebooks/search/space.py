@@ -156,11 +156,13 @@ def read_dimension(
 # %% ../../nbs/450_search.space.ipynb #d3ca4aa2
 _patients = 'changes which patients are compared'
 _luck = 'is luck when the best of several is taken'
+_speed = 'changes how fast a training is, not what is learned'
 not_searched = dict(
     prepare=dict(seed=_patients, **dict.fromkeys(
         ['data', 'columns', 'preset', 'patients', 'red_cell_shift', 'source_size', 'val_ratio', 'test_ratio',
          'train_centers', 'test_centers', 'positive'], _patients)),
-    train=dict(seed=_luck, positive='changes the question', prepare_run=_patients))
+    train=dict(seed=_luck, positive='changes the question', prepare_run=_patients,
+               **dict.fromkeys(['device', 'devices', 'workers'], _speed)))
 
 def parameter_field(
     name:str,       # Such as 'train.lr'
