@@ -541,13 +541,14 @@ def _add_batch(command):
     command.add_argument('file', nargs='?', metavar='BATCH.YAML', help='notebooks with parameters, or products of them')
     _add_engine(command, 'jobs')
 
-# %% ../nbs/990_cli.ipynb #5e72f7d3
+# %% ../nbs/990_cli.ipynb #a3233141
 _about = ('Predicts whether a clot came from the heart (CE) or a large artery (LAA) from images, per patient and with '
           'intervals. For research only.')
 _go_on = 'Killed? The same command continues. More --trials later? They are added.'
 _again = 'Killed, or jobs failed? The same command does what is left.'
 _demo_help = 'prepare, train, evaluate, study and report in a row, on synthetic clots or on your images'
 
+# %% ../nbs/990_cli.ipynb #5e72f7d3
 def parser()->argparse.ArgumentParser:
     "The commands and options of `clot`"
     main = argparse.ArgumentParser('clot', description=_about)
@@ -602,7 +603,7 @@ def _say_missing(error):
     "The sentence and the exit code where a package is not installed; an own module that is missing is an error of ours"
     if (error.name or '').partition('.')[0] == 'strip_notebooks': raise error
     return _say(f'this needs the package {error.name}, which is not installed here. For serving, take a bundle of '
-                'ONNX Runtime, which `export_bundle` writes; for the rest, install the whole workspace.', 2)
+                'ONNX Runtime, such as `clot run optimize` makes; for the rest, install the whole workspace.', 2)
 
 # %% ../nbs/990_cli.ipynb #b55b433f
 def _call(args):
