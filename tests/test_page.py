@@ -1,11 +1,10 @@
 "The page at / of a real server, operated in a real browser at the width of a desktop and of a phone, by keyboard alone"
-import json, re, shutil
+import re, shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from test_serving import KEY, bundles, noise, png, serving          # noqa: F401 (the fixture `bundles`)
-
-from strip_notebooks.bundle import derive_bundle, load_bundle
+from test_serving import KEY, bundles, noise, png, serving, shade, slow_server    # noqa: F401, bundles is a fixture
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 QUIET = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--no-first-run']
@@ -33,6 +32,7 @@ class Visit:
         self.page.on('console', lambda m: self.said.append(m.text))
         self.page.on('pageerror', lambda e: self.said.append(str(e)))
         self.page.on('request', lambda r: self.asked.append(r))
+        self.page.on('filechooser', lambda _: None)         # watched from now on: a key that is pressed before that opens nothing
         self.url = url
         self.page.goto(url)
 
@@ -54,16 +54,18 @@ class Visit:
 @pytest.fixture(params=WIDTHS)
 def visit(request, browser, server): return Visit(browser, server.url, WIDTHS[request.param])
 
+FOCUS = '(() => { const a = document.activeElement; return [a === document.body ? "" : a.id || a.textContent, getComputedStyle(a).outlineStyle] })()'
+
 def reached(page):
-    "The ids, or the text, of all that the Tab key reaches from the top, each with a visible outline"
-    found = []
-    page.evaluate('document.activeElement.blur()')
-    while True:
+    "The ids, or the text, of all that the Tab key reaches, from the top to the end; each has a visible outline"
+    def tab():
         page.keyboard.press('Tab')
-        name, outline = page.evaluate('(() => { const a = document.activeElement; return [a === document.body ? "" : a.id || a.textContent, getComputedStyle(a).outlineStyle] })()')
-        if not name or name in found: return found
-        assert outline != 'none', name
-        found.append(name)
+        return page.evaluate(FOCUS)
+    while tab()[0]: pass                # to the end
+    found = []
+    while (at := tab())[0]: found.append(at)
+    assert all(outline != 'none' for _, outline in found), found
+    return [name for name, _ in found]
 
 def test_a_person_without_a_mouse_sees_all_of_an_answer(visit, server, tmp_path):
     "Boxes and files by keyboard; then the numbers are those of the API"
@@ -159,7 +161,6 @@ def test_the_key_is_asked_for_and_kept_nowhere(bundles, browser, tmp_path):
         page.keyboard.type('no-key-of-this-server')
         page.keyboard.press('Enter')
         expect(page.locator('#status')).to_have_text('The key is not known here; ask for a new one.')
-        page.locator('#key').focus()
         assert reached(page)[:2] == ['key', 'Use this key']
         page.locator('#key').fill(KEY)
         page.keyboard.press('Enter')
@@ -171,8 +172,19 @@ def test_the_key_is_asked_for_and_kept_nowhere(bundles, browser, tmp_path):
         assert page.locator('#key').input_value() == '' and KEY not in page.content()
         visit.end(but='status of 401')
 
-def test_what_the_model_cannot_say_costs_no_prediction(bundles, browser, tmp_path):
-    "A model without dropout in its head: the reason, and the answer without the standard deviations"
-    plain = load_bundle(bundles/'torch')
-    files = {name: path for name, path in []}
-    assert plain and not files
+def test_what_the_model_cannot_say_costs_no_prediction(browser, tmp_path):
+    "A model that shows no features: both reasons, and the prediction; and a full queue is waited for"
+    from playwright.sync_api import expect
+    with slow_server(tmp_path, '--queue', 1) as server, ThreadPoolExecutor(1) as pool:
+        visit = Visit(browser, server.url)
+        expect(visit.page.locator('#model-name')).to_have_text('slow for CE, LAA')
+        for name in ('uncertainty', 'explain'): visit.page.check('#' + name)
+        busy = pool.submit(server.predict, shade(150))
+        server.wait_for(lambda: '150' in server.calls())
+        visit.add(('a.png', shade(1)), ('b.png', shade(2)))
+        visit.page.locator('#status', has_text='Next try in 1 second.').wait_for()
+        visit.ready(2)
+        assert busy.result().status_code == 200
+        for k in range(2): assert all(words in visit.text(k) for words in ('CE, confidence 0.500', 'clot run uncertainty', 'clot run explain', 'The model has no prediction sets.')), visit.text(k)
+        assert visit.page.locator('article img').count() == 2
+        visit.end(but='status of 4(22|29)')
