@@ -6,7 +6,7 @@ const colors = document.body.dataset.colors.split(' ')
 const shown_by_browsers = ['.png', '.jpg', '.jpeg', '.bmp', '.webp']
 const extras = ['uncertainty', 'explain']       // in the order in which the server looks at them
 const longest_wait = 30                         // seconds
-let key = ''                                    // in memory alone
+let key = ''                                    // in memory only
 let model = null                                // from /model
 let queue = []                                  // groups of images that wait; one is sent at a time
 let working = false
@@ -68,7 +68,7 @@ let key_given = null
 async function new_key(shown, refused, signal) { // returns when there is another key than the one that was shown
   if (key !== shown) return
   at('key-form').hidden = false
-  at('key-hint').textContent = `${shown ? refused.message : 'The server asks for a key.'} This page holds it in memory alone, until the page is closed.`
+  at('key-hint').textContent = `${shown ? refused.message : 'The server asks for a key.'} This page keeps it in memory only, until the page is closed.`
   say(shown ? refused.message : 'The server asks for a key.')
   if (document.activeElement === document.body) at('key').focus()
   await new Promise(resolve => {
@@ -150,7 +150,7 @@ function request_line(id, ms) {
   return line
 }
 function refused_part(error) {
-  return [make('p', error.message, 'warning'), ...(error.request_id ? [request_line(error.request_id)] : [])]
+  return [make('p', 'No prediction', 'class'), make('p', error.message, 'warning'), ...(error.request_id ? [request_line(error.request_id)] : [])]
 }
 function picture(source, text, caption) {
   const figure = make('figure'), image = make('img')
@@ -185,7 +185,7 @@ class Card {
     this.write([...class_part(answer, 'image'), ...notes.map(text => make('p', text, 'warning')), request_line(answer.request_id, answer.time_ms)])
     if (answer.overlay) {
       const text = `The image with a heat map of ${answer.class_name}`
-      const caption = `what speaks for ${answer.class_name}: the more yellow, the more`
+      const caption = `heat map: the more yellow a place, the more it speaks for ${answer.class_name}`
       this.pictures.append(picture(`data:image/png;base64,${answer.overlay}`, text, caption))
     }
     count.done++
@@ -225,8 +225,8 @@ function patient_card(patient, answer) {
   const node = make('article', undefined, 'patient'), title = make('h3', 'The patient'), said = make('div')
   if (patient.error) said.append(...refused_part(patient.error))
   else said.append(...class_part(patient, 'patient'), request_line(answer.request_id, answer.time_ms))
-  const from = `From ${plural(patient.n_images, 'image')}.`
-  said.prepend(patient.n_unreadable ? make('p', `${from} ${plural(patient.n_unreadable, 'file')} could not be read.`, 'warning') : make('p', from, 'about'))
+  if (patient.n_unreadable) said.prepend(make('p', `${plural(patient.n_unreadable, 'file')} could not be read.`, 'warning'))
+  said.prepend(make('p', `From ${plural(patient.n_images, 'image')}.`, 'about'))
   node.append(title, said)
   return node
 }
@@ -255,8 +255,10 @@ async function send(group) {
   }
 }
 function say_count() {
-  const all = plural(count.all, 'image'), refused = count.refused ? `, ${count.refused} refused` : ''
-  say(count.done < count.all ? `${count.done} of ${all} ready${refused} …` : `${all} ready${refused}.`)
+  const all = plural(count.all, 'image'), good = count.done - count.refused
+  const refused = count.refused ? `, ${count.refused} refused` : ''
+  if (count.done < count.all) say(`${all}: ${good} ready${refused}, ${count.all - count.done} to do …`)
+  else say(`${all}: ${count.refused ? good : 'all'} ready${refused}.`)
 }
 async function work() {
   if (working) return
