@@ -383,9 +383,10 @@ def serve_command(
     args,   # The parsed words after `clot serve`
 )->None:
     "Serve a trained model until Ctrl-C or SIGTERM; SIGHUP loads it again"
+    from strip_notebooks.serving.page import serving_page
     from strip_notebooks.serving.server import ServerSettings, key_variable, metrics_variable, read_keys, serve
     keys, metrics = read_keys(key_variable, args.key_file), read_keys(metrics_variable, args.metrics_key_file)
-    settings = ServerSettings(args.host, args.port, keys, metrics, audit=args.audit)
+    settings = ServerSettings(args.host, args.port, keys, metrics, serving_page(), args.audit)
     serve(_service_settings(args), settings)
 
 # %% ../nbs/990_cli.ipynb #e5e02c45

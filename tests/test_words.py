@@ -89,7 +89,7 @@ def hits(path):
 def spoken():
     "Every file that speaks to a reader; the library's modules are exported from the notebooks, so only what else the package holds is read there"
     yield from (p for p in sorted((root/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts)
-    yield from (p for p in sorted((root/'strip_notebooks').rglob('*')) if p.suffix in ('.html', '.css', '.j2', '.jinja', '.txt', '.md'))
+    yield from (p for p in sorted((root/'strip_notebooks').rglob('*')) if p.suffix in ('.html', '.css', '.js', '.j2', '.jinja', '.txt', '.md'))
     yield from (p for p in sorted((root/'tools').rglob('*')) if p.suffix in ('.py', '.md'))
     yield from (root/name for name in ('README.md', 'CHANGELOG.md', 'CONTRIBUTING.md', 'CITATION.cff', 'Makefile', 'settings.ini', '_quarto.yml', 'setup.py', 'data/README.md', 'runs/README.md', '.dockerignore'))
     yield from (p for p in sorted((root/'deploy').rglob('*')) if p.is_file() and p.name not in ('requirements.txt', '.env'))
