@@ -24,6 +24,7 @@ from .refit import write_optimized
 from .variants import Shared, Workshop, check_variants, recipes
 from .verdict import Decision, Gain, Verdict, judged, recommended_one
 from ..parts import Part
+from ..processes import progress
 from ..statistics import Estimate
 
 # %% ../../nbs/870_optimize.study.ipynb #bb6d5e80
@@ -115,7 +116,8 @@ def optimized_variants(
     names, machine = check_variants(settings.variants), this_machine(threads or 0)
     shared = Shared(Workshop(bundle, cohort, cache, settings.images, settings.share, settings.epochs, settings.seed))
     original = Made('original', 'PyTorch, 32-bit floats', bundle, predict_cohort(bundle, cohort, cache), False, [])
-    made = {'original': original} | {n: make_variant(shared, n, folder, threads) for n in names}
+    variants = progress(names, 'variants')
+    made = {'original': original} | {n: make_variant(shared, n, folder, threads) for n in variants}
     kept = {name: m for name, m in made.items() if m.bundle is not None}
     test = cohort[cohort.split == 'test']
     pixels = np.array(cache.images[cache.rows(test.image_id[:32])])
