@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['running_server', 'Target', 'ask', 'Load', 'send_load', 'load_rounds', 'compare_loads', 'server_cost', 'compare_cost',
-           'compare_uncertainty']
+           'compare_uncertainty', 'clot_pngs']
 
 # %% ../../nbs/978_serving.benchmarks.ipynb #7c2f9e17
-import contextlib, json, os, re, secrets, socket, subprocess, sys, threading, time
+import contextlib, json, os, re, secrets, socket, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from ..benchmarks import Comparison
 from ..bundle import load_bundle
 from ..core import StripError
+from ..data.formats import write_image
 from ..optimize.latency import seconds_in_turns
 from .pool import Decoder, Upload
 from .server import key_variable
@@ -206,3 +208,15 @@ def compare_uncertainty(
     a, b = 1000*np.median(times, 0)
     return Comparison('served_uncertainty', 'a request with uncertainty, 30 samples', 'the same without',
                       float(a/b), 1.2, False, f'{a:.1f} and {b:.1f} ms')
+
+# %% ../../nbs/978_serving.benchmarks.ipynb #144dc5e2
+def clot_pngs(
+    *sides:int, # Pixels
+)->dict:        # Side -> the bytes of a PNG
+    "Drawn clots as uploads"
+    from strip_notebooks.study_benchmarks import clot_pictures
+    def encoded(side):
+        with tempfile.TemporaryDirectory() as folder:
+            write_image(Path(folder)/'clot.png', clot_pictures(1, side)[0])
+            return (Path(folder)/'clot.png').read_bytes()
+    return {side: encoded(side) for side in sides}
