@@ -182,7 +182,7 @@ def optimize_sentences(
 
 # %% ../../nbs/870_optimize.study.ipynb #d3efc4fb
 def _name_heights(rows):
-    "Where names are written, in images per second: those of points that are close stand below each other"
+    "The heights of the names, in images per second; they are stacked where points are close"
     x, y = (np.log10(rows[name].to_numpy(float)) for name in ('megabytes', 'per_second'))
     heights, order = y.copy(), np.argsort(-y)
     least = .06*max(np.ptp(y) if len(y) else 0, .5)
