@@ -87,7 +87,7 @@ def listen(self:Link)->None:
     try:
         for text in self.reader:
             if text.strip() != '{}': self.lines.put((self, text))
-    except TimeoutError: self.lost = f'has not answered for {self.silence:g} s'
+    except TimeoutError: self.lost = f'has been silent for {self.silence:g} s'
     except (OSError, ValueError): pass      # the line was cut
     self.lines.put((self, None))
     self.line.close()

@@ -297,7 +297,8 @@ def _store_of(machines, folder):
         return
     with listening(machines.address) as server:
         port = server.getsockname()[1]
-        store = TCPStore(machines.address, port, is_master=True, wait_for_workers=False, master_listen_fd=server.detach())
+        store = TCPStore(machines.address, port, is_master=True, wait_for_workers=False,
+                         master_listen_fd=server.detach())
         yield f'{machines.address}:{port}'
         del store
 
