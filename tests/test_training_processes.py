@@ -1,5 +1,5 @@
-"Two real processes train one model: the bits of a resumed training, kills of a member and of the parent, what is refused, the whole command."
-import os, re, signal, subprocess, sys, tempfile, time
+"Real processes of one machine, and of two, train one model: the bits of a resumed training, kills of a member, of the parent and of a machine, what is refused, the whole command."
+import contextlib, os, re, signal, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import psutil, pytest
@@ -37,7 +37,8 @@ def members(pid):
         if any('run_member' in word for word in words): found[int(environment['LOCAL_RANK'])] = child
     return found
 
-@pytest.mark.parametrize('rank', [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('rank', [0, 1])
 def test_a_killed_member_ends_the_training_with_a_sentence_and_it_resumes_to_the_same_bytes(cohort, whole, tmp_path, rank):
     started = []
     def kill(history):
@@ -113,6 +114,7 @@ from test_training_processes import trained
 trained(Path(sys.argv[1]), sys.argv[2], lambda history: print('epoch', flush=True), epochs=50)
 '''
 
+@pytest.mark.slow
 def test_members_end_with_a_killed_script(cohort, tmp_path):
     "A plain script, without a guard around its start; the parent is killed, so it cannot end its members"
     (tmp_path/'script.py').write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
@@ -124,6 +126,101 @@ def test_members_end_with_a_killed_script(cohort, tmp_path):
     process.wait()
     gone, alive = psutil.wait_procs(started, timeout=10)
     assert len(started) == 2 and not alive
+
+# Two machines, both played by this one
+
+HELPER = """from strip_notebooks.training.machines import this_machine
+from strip_notebooks.training.processes import join_together
+join_together(this_machine(2))"""
+
+def first_machine():
+    "The environment of the first machine, with a port that is free"
+    with socket.create_server(('127.0.0.1', 0)) as server: return dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(server.getsockname()[1]), NODE_RANK='0')
+
+@contextlib.contextmanager
+def second_machine(monkeypatch):
+    "In the block, this process is the first machine and the given one the second"
+    for name, value in first_machine().items(): monkeypatch.setenv(name, value)
+    process = subprocess.Popen([sys.executable, '-c', HELPER], env={**os.environ, 'NODE_RANK': '1'}, stderr=subprocess.PIPE, text=True)
+    try: yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+def weights(result): return hashes(result)['weights.safetensors']
+
+def same(one, other): return weights(one) == weights(other) and one.history.equals(other.history) and one.predictions.equals(other.predictions)
+
+def test_two_machines_train_the_model_of_two_processes(cohort, whole, tmp_path, monkeypatch):
+    with second_machine(monkeypatch) as other:
+        result = trained(cohort, tmp_path/'training', devices=1, nodes=2)
+        assert other.wait(60) == 0
+    assert same(result, whole)
+    assert sorted(p.name for p in (tmp_path/'training'/'checkpoints').iterdir()) == ['epoch-000002.safetensors', 'epoch-000003.safetensors', 'tensorboard']
+    assert same(trained(cohort, tmp_path/'training', devices=2), whole)         # the same training, elsewhere
+    with pytest.raises(TrainingError, match='was begun with 2 processes and cannot be resumed with 4'): trained(cohort, tmp_path/'training', devices=2, nodes=2)
+
+@pytest.mark.slow
+def test_two_machines_of_two_processes_train_the_model_of_four(cohort, tmp_path, monkeypatch):
+    whole = trained(cohort, tmp_path/'whole', devices=4)
+    with second_machine(monkeypatch): result = trained(cohort, tmp_path/'training', devices=2, nodes=2)
+    assert same(result, whole)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number, says', [(signal.SIGKILL, 'has ended or cannot be reached any more'), (signal.SIGSTOP, 'has been silent for 30 s')])
+def test_a_lost_machine_ends_the_training_with_a_sentence_and_it_resumes_to_the_same_weights(cohort, whole, tmp_path, monkeypatch, number, says):
+    lost, started = [], []
+    def lose(history):
+        if lost: return
+        started.extend(members(os.getpid()).values())
+        other.send_signal(number)
+        lost.append(time.monotonic())
+    with second_machine(monkeypatch) as other:
+        with pytest.raises(TrainingError, match=rf'^Machine 2 of 2 \(NODE_RANK=1\) {says}; the training was stopped. The last checkpoint is intact'):
+            trained(cohort, tmp_path/'training', lose, devices=1, nodes=2, epochs=3 if number == signal.SIGKILL else 500)
+        assert time.monotonic() - lost[0] < 60
+    assert started and not any(child.is_running() for child in started)
+    if number == signal.SIGSTOP: return
+    with second_machine(monkeypatch): assert same(trained(cohort, tmp_path/'training', devices=1, nodes=2), whole)
+
+@pytest.mark.slow
+def test_the_first_machine_is_killed(cohort, tmp_path, monkeypatch):
+    (tmp_path/'script.py').write_text(SCRIPT.format(tests=str(Path(__file__).parent)).replace('epochs=50', 'epochs=50, devices=1, nodes=2'))
+    with second_machine(monkeypatch) as other:
+        first = subprocess.Popen([sys.executable, tmp_path/'script.py', cohort, tmp_path/'training'], stdout=subprocess.PIPE, text=True)
+        while first.stdout.readline() != 'epoch\n': pass
+        started = list(members(other.pid).values())
+        first.kill()
+        said = other.communicate(timeout=60)[1]
+        first.communicate()
+    assert len(started) == 1 and not any(child.is_running() for child in started)
+    assert 'TrainingError: Machine 1 of 2 (NODE_RANK=0) has ended or cannot be reached any more; the training was stopped.' in said
+
+@pytest.mark.slow
+def test_the_command_on_two_machines(tmp_path):
+    "The same command on both: one run, on the first; without an address nothing starts; a killed second machine ends the first, and both resume"
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    def clot(*words, **more): return subprocess.Popen([CLOT, 'run', *words], cwd=tmp_path, env={**environment, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    prepared = clot('prepare', '-p', 'patients=48', '-p', 'size=32', '-p', 'source_size=64')
+    assert prepared.communicate(timeout=300)[0] and prepared.returncode == 0
+    train = ['train', '-p', 'nodes=2', '-p', 'epochs=30', '-p', 'batch_size=8', '-p', 'device=cpu']
+    alone = clot(*train)
+    assert 'nodes=2 needs the address of the first machine: set MASTER_ADDR' in alone.communicate(timeout=60)[1] and alone.returncode == 2
+    where = first_machine()
+    first, second = (clot(*train, **{**where, 'NODE_RANK': rank}) for rank in '01')
+    for line in first.stdout:
+        if 'epoch 1 of' in line: break
+    second.kill()
+    said = first.communicate(timeout=60)[1]
+    second.communicate()
+    assert first.returncode == 2 and 'TrainingError: Machine 2 of 2 (NODE_RANK=1) has ended' in said and len(said.strip().splitlines()) == 1
+    name = re.search(r'`clot run --resume (\S+)`', said)[1]
+    first, second = (clot('--resume', name, **{**where, 'NODE_RANK': rank}) for rank in '01')
+    said = [process.communicate(timeout=300) for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), said
+    assert 'epoch 1 of' not in said[0][0] and 'epoch 30 of 30' in said[0][0]
+    assert 'Machine 2 of 2 (NODE_RANK=1) lends its processes' in said[1][0] and 'The training has ended; its run is on the first machine.' in said[1][0]
+    assert len(list((tmp_path/'runs').glob('*-train-*'))) == 1
 
 @pytest.mark.slow
 def test_the_command(tmp_path):

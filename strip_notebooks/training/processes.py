@@ -269,7 +269,8 @@ def _group(machines):
     lines, members, links, folder = Queue(), [], [], worker_folder()
     try: yield lines, members, links, folder
     except BaseException as e:
-        why = str(e) if isinstance(e, StripError) else f'{machines.name(machines.node)} was stopped.'
+        stopped = f'{machines.name(machines.node)} was stopped. The last checkpoint is intact: resume from it.'
+        why = str(e) if isinstance(e, StripError) else stopped
         for link in links: link.send(error=why)
         raise
     finally:
@@ -288,19 +289,15 @@ def _start_members(job, machines, members, folder, lines):
         members.append(Member({**job, 'place': asdict(place), 'path': sys.path}, folder, threads, lines))
 
 # %% ../../nbs/418_training.processes.ipynb #c8c7e8e6
-@contextmanager
 def _store_of(machines, folder):
-    "In the block, the members of all machines can meet at the store whose name this gives"
+    "The name of the store at which the members of all machines meet, and the store, which is there as long as it is kept"
     from torch.distributed import TCPStore
-    if machines.nodes == 1:
-        yield f'{folder}/store'
-        return
+    if machines.nodes == 1: return f'{folder}/store', None
     with listening(machines.address) as server:
         port = server.getsockname()[1]
         store = TCPStore(machines.address, port, is_master=True, wait_for_workers=False,
                          master_listen_fd=server.detach())
-        yield f'{machines.address}:{port}'
-        del store
+    return f'{machines.address}:{port}', store
 
 # %% ../../nbs/418_training.processes.ipynb #3e6ff251
 def run_together(
@@ -313,7 +310,8 @@ def run_together(
 )->None:
     "Call a function in processes that form a group, until all have ended; a `TrainingError` if one fails"
     check_devices(device, devices)
-    with _group(machines) as (lines, members, links, folder), _store_of(machines, folder) as where:
+    with _group(machines) as (lines, members, links, folder):
+        where, store = _store_of(machines, folder)  # kept until all have ended
         job = dict(function=function, arguments=arguments, device=device, devices=devices, where=where)
         if machines.nodes > 1: links += meet(machines, lines)
         for link in links: link.send(job=job)
