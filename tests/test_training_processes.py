@@ -26,6 +26,13 @@ def whole(cohort, tmp_path_factory):
     "The result of a training that nothing disturbed"
     return trained(cohort, tmp_path_factory.mktemp('whole')/'training')
 
+equal = dict(arch='test_vit(dynamic_img_size=True)', dropout=0., mixup=0., optimizer='sgd', lr=.05, loss='weighted_cross_entropy', balance='', epochs=2, batch_size=7)
+
+@pytest.fixture(scope='module')
+def plain(cohort, tmp_path_factory):
+    "The same for a network and settings with which the number of processes makes no difference but rounding"
+    return trained(cohort, tmp_path_factory.mktemp('plain')/'training', **equal)
+
 def hashes(result): return {p.name: file_hash(p) for p in sorted(result.bundle_path.iterdir())}
 
 def members(pid):
@@ -52,23 +59,23 @@ def test_a_killed_member_ends_the_training_with_a_sentence_and_it_resumes_to_the
     assert hashes(again) == hashes(whole)
     assert again.history.equals(whole.history) and again.predictions.equals(whole.predictions)
 
-def test_the_scores_are_those_of_all_validation_images(whole):
+def test_the_scores_are_those_of_all_validation_images(plain):
     "The history's scores, from predictions that two processes shared, and those of the bundle's predictions in one process"
     from strip_notebooks.bundle import load_bundle
     from strip_notebooks.predictions import aggregate_patients
     from strip_notebooks.training.classifier import patient_scores
-    spec = load_bundle(whole.bundle_path).spec
-    patients = aggregate_patients(whole.predictions[whole.predictions.split == 'val'])
+    spec = load_bundle(plain.bundle_path).spec
+    patients = aggregate_patients(plain.predictions[plain.predictions.split == 'val'])
     scores = patient_scores(patients, spec['classes'], spec['prior'])
-    best = whole.history.set_index('epoch').loc[spec['trained_on']['epoch']]
+    best = plain.history.set_index('epoch').loc[spec['trained_on']['epoch']]
     assert scores['auc'] == best.auc and scores['weighted_log_loss'] == pytest.approx(best.weighted_log_loss, abs=1e-6)
 
 @pytest.mark.parametrize('devices', [1, 3])
-def test_another_number_of_processes_is_refused(cohort, whole, devices):
-    before = hashes(whole)
+def test_another_number_of_processes_is_refused(cohort, plain, devices):
+    before = hashes(plain)
     with pytest.raises(TrainingError, match=f'was begun with 2 processes and cannot be resumed with {devices}'):
-        trained(cohort, whole.bundle_path.parent, devices=devices)
-    assert hashes(whole) == before
+        trained(cohort, plain.bundle_path.parent, **{**equal, 'devices': devices})
+    assert hashes(plain) == before
 
 def test_a_batch_that_is_too_small_is_refused_before_anything_starts(cohort, tmp_path):
     from strip_notebooks.core import StripError
@@ -84,11 +91,10 @@ def test_more_gpus_than_there_are_is_refused_before_anything_starts(cohort, tmp_
         trained(cohort, tmp_path/'training', devices=4, device='cuda')
     assert not (tmp_path/'training').exists()
 
-def test_two_processes_take_the_steps_of_one(cohort, tmp_path):
+def test_two_processes_take_the_steps_of_one(cohort, plain, tmp_path):
     """Without what depends on the process (batch norm, dropout, mixing), two processes take the steps that one takes, up to rounding:
     also with a weighted loss, whose parts weigh differently, with parts of different size, and with several batches per step."""
-    same = dict(arch='test_vit(dynamic_img_size=True)', dropout=0., mixup=0., optimizer='sgd', lr=.05, loss='weighted_cross_entropy', balance='', epochs=2, batch_size=7)
-    one, two = (trained(cohort, tmp_path/str(n), devices=n, **same).history for n in (1, 2))
+    one, two = trained(cohort, tmp_path/'1', devices=1, **equal).history, plain.history
     for name in ('train_loss', 'weighted_log_loss'): assert two[name].tolist() == pytest.approx(one[name].tolist(), rel=1e-4)
     assert one.train_loss.iloc[0] != pytest.approx(one.train_loss.iloc[1], rel=1e-3)
 
@@ -151,14 +157,14 @@ def weights(result): return hashes(result)['weights.safetensors']
 
 def same(one, other): return weights(one) == weights(other) and one.history.equals(other.history) and one.predictions.equals(other.predictions)
 
-def test_two_machines_train_the_model_of_two_processes(cohort, whole, tmp_path, monkeypatch):
+def test_two_machines_train_the_model_of_two_processes(cohort, plain, tmp_path, monkeypatch):
     with second_machine(monkeypatch) as other:
-        result = trained(cohort, tmp_path/'training', devices=1, nodes=2)
+        result = trained(cohort, tmp_path/'training', devices=1, nodes=2, **equal)
         assert other.wait(60) == 0
-    assert same(result, whole)
-    assert sorted(p.name for p in (tmp_path/'training'/'checkpoints').iterdir()) == ['epoch-000002.safetensors', 'epoch-000003.safetensors', 'tensorboard']
-    assert same(trained(cohort, tmp_path/'training', devices=2), whole)         # the same training, elsewhere
-    with pytest.raises(TrainingError, match='was begun with 2 processes and cannot be resumed with 4'): trained(cohort, tmp_path/'training', devices=2, nodes=2)
+    assert same(result, plain)
+    assert sorted(p.name for p in (tmp_path/'training'/'checkpoints').iterdir()) == ['epoch-000001.safetensors', 'epoch-000002.safetensors', 'tensorboard']
+    assert same(trained(cohort, tmp_path/'training', devices=2, **equal), plain)        # the same training, elsewhere
+    with pytest.raises(TrainingError, match='was begun with 2 processes and cannot be resumed with 4'): trained(cohort, tmp_path/'training', devices=2, nodes=2, **equal)
 
 @pytest.mark.slow
 def test_two_machines_of_two_processes_train_the_model_of_four(cohort, tmp_path, monkeypatch):

@@ -290,7 +290,7 @@ def _start_members(job, machines, members, folder, lines):
 
 # %% ../../nbs/418_training.processes.ipynb #c8c7e8e6
 def _store_of(machines, folder):
-    "The name of the store at which the members of all machines meet, and the store, which is there as long as it is kept"
+    "The name of the store at which the members of all machines meet, and the store, which ends when it is dropped"
     from torch.distributed import TCPStore
     if machines.nodes == 1: return f'{folder}/store', None
     with listening(machines.address) as server:
