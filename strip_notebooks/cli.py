@@ -80,6 +80,7 @@ def run_command(
         (word, name), = earlier
         run = getattr(experiments, f'{word}_experiment')(name, args.runs)
     else: run = experiments.run_experiment(args.step, gather_parameters(args.p, args.f), args.runs)
+    if run is None: return print('The training has ended; its run is on the first machine.')
     print(_summary(run) + f'finished: {run.path}')
 
 # %% ../nbs/990_cli.ipynb #184b0207
