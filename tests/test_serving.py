@@ -343,6 +343,7 @@ def test_what_does_not_start_says_why(bundles, tmp_path):
     assert 'neither the folder of a bundle nor a run' in refused(tmp_path, 'nothing')
     assert "did you mean 'files'" in refused(tmp_path, bundles/'onnx', '--limit', 'filse=3')
     assert 'deadline=0.0 must be above 0 seconds' in refused(tmp_path, bundles/'onnx', '--deadline', 0)
+    assert 'keep_alive=0.0 must be above 0 seconds' in refused(tmp_path, bundles/'onnx', '--keep-alive', 0)
 
 # --- without torch
 

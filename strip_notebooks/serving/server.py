@@ -198,6 +198,10 @@ class ServerSettings:
     metrics_keys:Keys = Keys()  # For /metrics
     page:str = ''               # The page at /, HTML
     audit:str = ''              # File of the audit log; empty writes none
+    keep_alive:float = 5.       # Seconds that a connection is kept after an answer, for the next request
+
+    def __post_init__(self):
+        if not self.keep_alive > 0: raise StripError(f'keep_alive={self.keep_alive} must be above 0 seconds.')
 
     @property
     def access(self)->Access:
@@ -234,7 +238,7 @@ def make_server(
     guard = Guard(app, settings.access, service.limits)
     counted = Counted(guard, telemetry, [route.path for route in app.routes])
     config = uvicorn.Config(counted, log_config=None, access_log=False, server_header=False, proxy_headers=False,
-                            http=protocol, ws='none', lifespan='on',
+                            http=protocol, ws='none', lifespan='on', timeout_keep_alive=settings.keep_alive,
                             timeout_graceful_shutdown=round(service.deadline) + 15)
     return ClotServer(config, app)
 
