@@ -219,7 +219,7 @@ def watched(
     service.calls.function = telemetry.timed('model', service.calls.function)
     service.reload = telemetry.counted_reload(service.reload)
     telemetry.watch('clot_ready', 'Whether the server can answer', lambda: service.ready)
-    telemetry.watch('clot_queue_depth', 'Images that wait', lambda: service.decoding.depth + service.calls.depth)
+    telemetry.watch('clot_queue_depth', 'Images that wait', lambda: service.depth)
     telemetry.watch('clot_in_flight', 'Images that wait or are worked on', lambda: service.places.taken)
     telemetry.watch('clot_queue_places', 'Images in the server at once, at most', lambda: service.places.most)
     return telemetry
