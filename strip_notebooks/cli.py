@@ -387,7 +387,8 @@ def serve_command(
     from strip_notebooks.serving.page import serving_page
     from strip_notebooks.serving.server import ServerSettings, key_variable, metrics_variable, read_keys, serve
     keys, metrics = read_keys(key_variable, args.key_file), read_keys(metrics_variable, args.metrics_key_file)
-    settings = ServerSettings(args.host, args.port, keys, metrics, serving_page(), args.audit)
+    settings = ServerSettings(args.host, args.port, keys, metrics, serving_page(), args.audit,
+                              args.keep_alive)
     serve(_service_settings(args), settings)
 
 # %% ../nbs/990_cli.ipynb #e5e02c45
@@ -503,6 +504,8 @@ def _add_serve(command):
             'itself, which a hostile file may end', type=int)
     _option(command, 'queue', 'N', 'images in the server at once; default 64', type=int, default=64)
     _option(command, 'deadline', 'SECONDS', 'from the upload to the answer; default 30', type=float, default=30.)
+    _option(command, 'keep-alive', 'SECONDS', 'how long an idle connection is kept; default 5; behind a load balancer '
+            'take more than it keeps its own, such as 75 for 60', type=float, default=5.)
     _option(command, 'key-file', 'FILE', 'API keys, one per line; without it they are in STRIP_API_KEY')
     _option(command, 'metrics-key-file', 'FILE', 'keys for /metrics; without it they are in STRIP_METRICS_KEY')
     _option(command, 'audit', 'FILE', 'append one line per answer: request, model, HMAC of the image', default='')

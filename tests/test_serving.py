@@ -57,9 +57,9 @@ def bundles(tmp_path_factory, worker_id):
 
 class Server:
     "A process that serves, and a client of it"
-    def __init__(self, folder, *words, command=CLOT, key='', **env):
+    def __init__(self, folder, *words, command=CLOT, key='', port=0, **env):
         self.said = open(folder/'said.txt', 'w+')
-        words = ['serve', *map(str, words), '--port', '0']
+        words = ['serve', *map(str, words), '--port', str(port)]
         self.process = subprocess.Popen([*command, *words], cwd=folder, stdout=self.said, stderr=subprocess.STDOUT, env=environment(**env))
         self.url, self.key = '', key
         self.wait_for(lambda: re.search(r'http://\S+:(\d+)', self.text))
@@ -343,6 +343,7 @@ def test_what_does_not_start_says_why(bundles, tmp_path):
     assert 'neither the folder of a bundle nor a run' in refused(tmp_path, 'nothing')
     assert "did you mean 'files'" in refused(tmp_path, bundles/'onnx', '--limit', 'filse=3')
     assert 'deadline=0.0 must be above 0 seconds' in refused(tmp_path, bundles/'onnx', '--deadline', 0)
+    assert 'keep_alive=0.0 must be above 0 seconds' in refused(tmp_path, bundles/'onnx', '--keep-alive', 0)
 
 # --- without torch
 

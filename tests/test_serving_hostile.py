@@ -1,7 +1,7 @@
 """A real server attacked: malformed files, fuzzed requests, slow, huge and broken connections, missing keys. It must answer others, and stay healthy
 
 STRIP_HOSTILE_FILES=1000 STRIP_FUZZ_SEED=7 python -m pytest -n 0 -m slow tests/test_serving_hostile.py takes more files, and other ones."""
-import contextlib, gzip, io, os, socket, struct, subprocess, sys, threading, time, zipfile
+import contextlib, gzip, io, os, re, select, socket, struct, subprocess, sys, threading, time, zipfile
 from pathlib import Path
 
 import httpx
@@ -208,6 +208,47 @@ def test_500_connections_leave_room_for_others(guarded, sent):
     finally:
         for connection in crowd: connection.close()
     guarded.wait_for(lambda: is_healthy(guarded))
+
+# --- answers that nobody reads
+
+def never_reads(server, sent):
+    "A connection whose client sends, has room for a few answers, and does not read"
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(30)
+    connection.connect(('127.0.0.1', server.port))
+    connection.sendall(sent)
+    return connection
+
+def open_connections(server):
+    "The local ports of the clients of a server"
+    found = psutil.Process(server.process.pid).net_connections('tcp')
+    return {c.raddr.port for c in found if c.raddr and c.status == psutil.CONN_ESTABLISHED}
+
+def script_request(server):
+    "A request for the largest file that needs no key"
+    path = re.search(r'/[^"]+bundle.js', server.http.get('/docs').text)[0]
+    return f'GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n'.encode()
+
+def batch_request(count=60):
+    "A request for many pictures"
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + png(noise(1, 40)[0]) + b'\r\n'
+    body = part*count + b'--x--\r\n'
+    return head(len(body), '/batch_predict?explain=true') + body
+
+def test_clients_that_never_read(guarded):
+    "Neither requests one behind the other nor large answers hold a place or a connection for ever"
+    crowd, script = [], script_request(guarded)
+    try:
+        for _ in range(70): crowd.append(never_reads(guarded, script*8))
+        for _ in range(3): crowd.append(never_reads(guarded, batch_request()*3))
+        while len(select.select(crowd, [], [], 30)[0]) < len(crowd): time.sleep(.05)     # each has an answer that waits
+        assert guarded.predict(png(noise(1, 40)[0])).status_code == 200                 # although there are more than may be in flight
+        ports = {c.getsockname()[1] for c in crowd}
+        guarded.wait_for(lambda: not ports & open_connections(guarded))
+    finally:
+        for connection in crowd: connection.close()
+    assert is_healthy(guarded)
 
 # --- sizes
 

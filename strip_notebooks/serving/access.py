@@ -25,9 +25,9 @@ class ServerLimits:
     frames:int = 4096               # Frames (DICOM) or volumes (NIfTI) of a file
     nesting:int = 32                # Levels of DICOM sequences
     head_seconds:float = 5          # Seconds from opening a connection to a complete head
-    body_seconds:float = 10         # Seconds for the body, and one more for each `body_rate` bytes
-    body_rate:int = 50_000          # Bytes per second that a client must send after these seconds
-    in_flight:int = 64              # Complete requests that wait or are worked on
+    body_seconds:float = 10         # Seconds to send a body or take an answer, and one more for each `body_rate` bytes
+    body_rate:int = 50_000          # Bytes per second that a client must send or take after these seconds
+    in_flight:int = 64              # Complete requests that wait or are worked on, before their answer begins
     connections:int = 256           # Open connections
     rate:float = 200                # Requests per second and key, or per address without keys; 0 for no limit
     burst:int = 400                 # Requests at once, after a pause
@@ -42,10 +42,10 @@ class ServerLimits:
 # %% ../../nbs/963_serving.access.ipynb #106a6ec8
 def body_deadline(
     limits:ServerLimits,    # The limits of the server
-    received:int,           # Bytes that arrived
+    count:int,              # Bytes that arrived, or that wait to be taken
 )->float:                   # Seconds since the first byte was waited for
-    "When the body of a request must be complete"
-    return limits.body_seconds + received/limits.body_rate
+    "When the body of a request must be complete, or an answer taken"
+    return limits.body_seconds + count/limits.body_rate
 
 # %% ../../nbs/963_serving.access.ipynb #dd27c7d8
 refusals = dict(

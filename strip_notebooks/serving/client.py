@@ -8,7 +8,7 @@ __all__ = ['ClientError', 'AccessRefused', 'RequestRefused', 'ServerBusy', 'Serv
            'request_groups', 'FolderPredictions', 'result_row']
 
 # %% ../../nbs/972_serving.client.ipynb #2b6ccc9e
-import io, random, time
+import hashlib, io, json, os, random, time
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import StripError, plural
+from ..core import StripError, atomic_path, plural
 from ..data.images import image_suffixes
 from ..processes import progress
 
@@ -231,10 +231,16 @@ def _ask(self:StripClient, group, fields):
     return found['results'], found['patients']
 
 @patch
-def _ask_units(self:StripClient, units, fields):
+def _ask_units(self:StripClient, units, fields, finished=None):
     "What the server says about the images of all units, and about each unit as a patient, in as few requests as fit"
-    found = [self._ask(group, fields) for group in progress(request_groups(units), 'predicting')]
-    return [f for images, _ in found for f in images], [f for _, patients in found for f in patients]
+    found = {} if finished is None else finished            # of a unit by its number: its images, and it as a patient
+    left = [k for k in range(len(units)) if k not in found]
+    numbers = iter(left)
+    for group in progress(request_groups([units[k] for k in left]), 'predicting'):
+        images, patients = map(iter, self._ask(group, fields))
+        for unit, number in zip(group, numbers): found[number] = [next(images) for _ in unit], next(patients)
+    several = [found[k] for k in range(len(units))]
+    return [f for images, _ in several for f in images], [patient for _, patient in several]
 
 # %% ../../nbs/972_serving.client.ipynb #d28d2e3d
 @patch
@@ -334,25 +340,85 @@ def _patient_table(names, results, images, bad):
         ids[column] = table.patient_id.value_counts().reindex(names).fillna(0).astype(int).to_numpy()
     return _result_table(ids, results)
 
-# %% ../../nbs/972_serving.client.ipynb #51801727
-@patch
-def predict_folder(self:StripClient,
-    folder,                 # A folder, a file, or a CSV as `clot predict` takes it
-    out=None,               # A CSV to write, which must not be there; the other tables are written beside it
-    patient:str='auto',     # What a patient is in a folder: auto, folder or file, as with `clot predict`
-)->FolderPredictions:
-    "The predictions for all images of a folder, per image and per patient; a `ClientError` if none can be read"
-    from strip_notebooks.predict import table_paths
+# %% ../../nbs/972_serving.client.ipynb #6dd692be
+def _check_model(results):
+    "A `ClientError` unless one model gave all results"
+    models = {found['model']['sha256'] for found in results if 'model' in found}
+    if len(models) < 2: return
+    raise ClientError(f'The server changed its model during the work, so the results are of {len(models)} models; '
+                      'predict the folder again.')
+
+def _folder_predictions(table, tried, names, results, patients):
+    "The tables of a folder from what the server says about its images and patients"
     from strip_notebooks.predictions import check_predictions
-    if out: table_paths(out)                                    # before the work
-    table = _folder_table(folder, self.model()['model']['classes'], patient)
-    tried = table[table.message == ''].sort_values('patient_id', kind='stable')
-    units = tried.groupby('patient_id').path.apply(list)
-    results, patients = self._ask_units(list(units), {})
+    _check_model(results)
     ids = tried.filter(['image_id', 'patient_id', 'center_id', 'label'])
     images, bad = _result_table(ids, results), _bad_table(table, tried, results)
     if not len(images): raise ClientError(f'No image of {plural(len(bad), "file")} can be read: {bad.message[0]}')
     images = check_predictions(images.drop(columns='prediction_set', errors='ignore'))
-    found = FolderPredictions(images, _patient_table(list(units.index), patients, images, bad), bad)
-    if out: found.save(out)
+    return FolderPredictions(images, _patient_table(names, patients, images, bad), bad)
+
+# %% ../../nbs/972_serving.client.ipynb #36cb7a7c
+def _unfinished_path(out):
+    "Where the results are until all are there"
+    return Path(out).with_name(f'{Path(out).stem}-unfinished.jsonl')
+
+def _unit_key(unit, model):
+    "A text that changes with the model, and with the path, size and time of each file of a unit"
+    try: about = [(str(path), (s := os.stat(path)).st_size, s.st_mtime_ns) for path in unit]
+    except OSError as e: raise _no_file(e.filename, e) from None
+    return hashlib.sha256(json.dumps([model, about]).encode()).hexdigest()
+
+def _whole_lines(path):
+    "The lines of a file that are JSON objects with a key; the last one may have been cut"
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try: found = json.loads(line)
+        except ValueError: continue
+        if isinstance(found, dict) and {'key', 'images', 'patient'} <= found.keys(): yield found
+
+# %% ../../nbs/972_serving.client.ipynb #77e05212
+class _Finished(dict):
+    "The results of the units of a folder by their number, which are also kept in a file"
+    def __init__(self, path, units, model):
+        self.path, self.model = path, model
+        self.keys_of = [_unit_key(unit, model) for unit in units]
+        known = {line['key']: line for line in _whole_lines(path)}
+        super().__init__({k: (known[key]['images'], known[key]['patient'])
+                          for k, key in enumerate(self.keys_of) if key in known})
+        with atomic_path(path, private=True) as p: p.write_text(''.join(self.line(k) for k in self))
+
+    def line(self, number):
+        "A result as a line of the file"
+        images, patient = self[number]
+        return json.dumps(dict(key=self.keys_of[number], images=images, patient=patient)) + '\n'
+
+    def __setitem__(self, number, result):
+        super().__setitem__(number, result)
+        if any(found.get('model', {}).get('sha256', self.model) != self.model for found in result[0]): return
+        with open(self.path, 'a') as f: f.write(self.line(number))
+
+    def remove(self):
+        "Remove the file: all results are elsewhere now"
+        self.path.unlink(missing_ok=True)
+
+# %% ../../nbs/972_serving.client.ipynb #51801727
+@patch
+def predict_folder(self:StripClient,
+    folder,                 # A folder, a file, or a CSV as `clot predict` takes it
+    out=None,               # A CSV to write, which must not be there; the other tables are beside it. See above
+    patient:str='auto',     # What a patient is in a folder: auto, folder or file, as with `clot predict`
+)->FolderPredictions:
+    "The predictions for all images of a folder, per image and per patient; a `ClientError` if none can be read"
+    from strip_notebooks.predict import table_paths
+    if out: table_paths(out)                                    # before the work
+    card = self.model()
+    table = _folder_table(folder, card['model']['classes'], patient)
+    tried = table[table.message == ''].sort_values('patient_id', kind='stable')
+    units = tried.groupby('patient_id').path.apply(list)
+    finished = _Finished(_unfinished_path(out), list(units), card['served']['sha256']) if out else None
+    results, patients = self._ask_units(list(units), {}, finished)
+    found = _folder_predictions(table, tried, list(units.index), results, patients)
+    if not out: return found
+    found.save(out)
+    finished.remove()
     return found

@@ -117,6 +117,12 @@ def enter(self:_Exchange):
         self.inside = True
         self.guard.in_flight += 1
 
+@patch
+def leave(self:_Exchange):
+    "Count the request as in flight no more"
+    self.guard.in_flight -= self.inside
+    self.inside = False
+
 # %% ../../nbs/964_serving.guard.ipynb #d42e7fcb
 @patch
 def stop(self:_Exchange,
@@ -175,6 +181,7 @@ async def forward(self:_Exchange,
     "Send a piece of an answer to the client"
     if message['type'] == 'http.response.start':
         self.started = True
+        self.leave()
         extra = [(b'x-request-id', self.id.encode()), *([] if self.whole else [(b'connection', b'close')])]
         message = {**message, 'headers': secured([*message.get('headers', []), *extra])}
     elif not self.whole and not message.get('more_body', False):
@@ -218,8 +225,7 @@ async def run(self:_Exchange):
         if self.left or self.refusal and self.refusal.code != 'internal': return await self.refuse()
         self.guard.log.error('request %s: %s', self.id, where_raised(e))
         self.refusal = _failure()
-    finally:
-        if self.inside: self.guard.in_flight -= 1
+    finally: self.leave()
     await self.refuse()
 
 # %% ../../nbs/964_serving.guard.ipynb #cfef965e

@@ -16,8 +16,8 @@ from fastcore.basics import patch
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..core import StripError
-from .access import (Access, Keys, Refusal, ServerLimits, error_body, local_hosts, read_keys,
-                                            request_id)
+from .access import (Access, Keys, Refusal, ServerLimits, body_deadline, error_body,
+                                            local_hosts, read_keys, request_id)
 from .app import Shared, create_app
 from .audit_log import AuditLog
 from .guard import Guard
@@ -69,12 +69,14 @@ def open_port(
 
 # %% ../../nbs/970_serving.server.ipynb #4bbf8615
 class ClotProtocol(H11Protocol):
-    "HTTP/1.1 with a time limit for the head of a request and a limit of connections"
+    "HTTP/1.1 with time limits for the head of a request and for taking an answer, and a limit of connections"
     limits = ServerLimits()
+    head_timer = unread_timer = None
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self.made, self.head_timer = self.loop.time(), None
+        transport.set_write_buffer_limits(0)        # writing is paused while the client has not taken all of it
+        self.made = self.loop.time()
         self.watch_head()
         self.make_room()
 
@@ -83,7 +85,7 @@ class ClotProtocol(H11Protocol):
         self.watch_head()
 
     def connection_lost(self, exc):
-        if self.head_timer: self.head_timer.cancel()
+        for timer in filter(None, (self.head_timer, self.unread_timer)): timer.cancel()
         super().connection_lost(exc)
 
     def send_400_response(self, msg):
@@ -103,18 +105,42 @@ def watch_head(self:ClotProtocol)->None:
         self.head_timer = None
     elif not self.head_timer: self.head_timer = self.loop.call_later(self.limits.head_seconds, self.transport.close)
 
+@patch
+def pause_writing(self:ClotProtocol)->None:
+    "Something waits for the client: cut the connection if it is not taken in time"
+    H11Protocol.pause_writing(self)
+    waiting = self.transport.get_write_buffer_size()
+    self.unread_timer = self.loop.call_later(body_deadline(self.limits, waiting), self.transport.abort)
+
+@patch
+def resume_writing(self:ClotProtocol)->None:
+    "All was taken"
+    self.unread_timer.cancel()
+    self.unread_timer = None
+    H11Protocol.resume_writing(self)
+
+# %% ../../nbs/970_serving.server.ipynb #67d541d3
 @patch(as_prop=True)
 def idle(self:ClotProtocol)->bool:
     "Whether no request is worked on"
     return self.cycle is None or self.cycle.response_complete
 
+@patch(as_prop=True)
+def cost(self:ClotProtocol):
+    "How little is lost if the connection is cut, from 0; None where that must not be"
+    if self.unread_timer: return 2
+    if self.transport.is_closing(): return None
+    if self.idle: return 0
+    return 1 if self.conn.their_state is h11.SEND_BODY else None
+
 @patch
 def make_room(self:ClotProtocol)->None:
-    "Close a connection if there are too many: the oldest that is idle, or else still sends, or else this one"
+    "Cut a connection if there are too many: the oldest of those that cost least, or else this one"
     if len(self.connections) <= self.limits.connections: return
-    others = [c for c in self.connections if c is not self and not c.transport.is_closing()]
-    free = [c for c in others if c.idle] or [c for c in others if c.conn.their_state is h11.SEND_BODY]
-    min(free, key=lambda c: c.made, default=self).transport.close()
+    free = [c for c in self.connections if c is not self and c.cost is not None]
+    chosen = min(free, key=lambda c: (c.cost, c.made), default=self)
+    if chosen.unread_timer: chosen.transport.abort()
+    else: chosen.transport.close()
 
 # %% ../../nbs/970_serving.server.ipynb #e9af32db
 class ClotServer(uvicorn.Server):
@@ -172,6 +198,10 @@ class ServerSettings:
     metrics_keys:Keys = Keys()  # For /metrics
     page:str = ''               # The page at /, HTML
     audit:str = ''              # File of the audit log; empty writes none
+    keep_alive:float = 5.       # Seconds that a connection is kept after an answer, for the next request
+
+    def __post_init__(self):
+        if not self.keep_alive > 0: raise StripError(f'keep_alive={self.keep_alive} must be above 0 seconds.')
 
     @property
     def access(self)->Access:
@@ -189,7 +219,7 @@ def watched(
     service.calls.function = telemetry.timed('model', service.calls.function)
     service.reload = telemetry.counted_reload(service.reload)
     telemetry.watch('clot_ready', 'Whether the server can answer', lambda: service.ready)
-    telemetry.watch('clot_queue_depth', 'Images that wait', lambda: service.decoding.depth + service.calls.depth)
+    telemetry.watch('clot_queue_depth', 'Images that wait', lambda: service.depth)
     telemetry.watch('clot_in_flight', 'Images that wait or are worked on', lambda: service.places.taken)
     telemetry.watch('clot_queue_places', 'Images in the server at once, at most', lambda: service.places.most)
     return telemetry
@@ -208,7 +238,7 @@ def make_server(
     guard = Guard(app, settings.access, service.limits)
     counted = Counted(guard, telemetry, [route.path for route in app.routes])
     config = uvicorn.Config(counted, log_config=None, access_log=False, server_header=False, proxy_headers=False,
-                            http=protocol, ws='none', lifespan='on',
+                            http=protocol, ws='none', lifespan='on', timeout_keep_alive=settings.keep_alive,
                             timeout_graceful_shutdown=round(service.deadline) + 15)
     return ClotServer(config, app)
 

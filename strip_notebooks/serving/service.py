@@ -95,6 +95,8 @@ class Service:
         decoder = Decoder(settings.decoders, settings.limits.image)
         self.decoding = CallPool(decoder, settings.decoders or settings.threads)
         self.calls = CallPool(answer_items, settings.threads, settings.batch)
+        self.both = CallPool(self.decode_and_answer, settings.threads)
+        self.pools = self.decoding, self.calls, self.both
 
     async def answer(self,
         served:Served,      # The model that was served when the request came
@@ -102,13 +104,30 @@ class Service:
         asked:Asked=Asked(),# What is asked beside the usual
     )->dict:                # As from `image_answer`
         "The answer to one upload; a `Refusal` if it cannot be read"
+        if not self.settings.decoders and self.settings.batch == 1: return await self.both((served, upload, asked))
         pixels = await self.decoding((upload, served.bundle.preprocessing))
         return await self.calls((served, pixels, asked))
 
-    def close(self):
-        "End the threads"
-        self.ready = False
-        for pool in (self.decoding, self.calls): pool.close()
+# %% ../../nbs/968_serving.service.ipynb #97bd1d9e
+@patch
+def decode_and_answer(self:Service,
+    items,  # One triple of a `Served`, an `Upload` and `Asked`
+)->list:    # Its answer or `Refusal`
+    "The function of the pool in which one thread decodes an upload and calls the model"
+    ((served, upload, asked),) = items
+    (pixels,) = self.decoding.function([(upload, served.bundle.preprocessing)])
+    return [pixels] if isinstance(pixels, Refusal) else self.calls.function([(served, pixels, asked)])
+
+@patch(as_prop=True)
+def depth(self:Service)->int:
+    "How many images wait for a thread"
+    return sum(pool.depth for pool in self.pools)
+
+@patch
+def close(self:Service)->None:
+    "End the threads"
+    self.ready = False
+    for pool in self.pools: pool.close()
 
 # %% ../../nbs/968_serving.service.ipynb #91e6f648
 def check_asked(
