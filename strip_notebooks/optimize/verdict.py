@@ -107,12 +107,12 @@ def against_rival(
     gain:Gain,          # Size and speed of the model
     rival:Gain,         # Of another one
     name:str,           # What the other is called
-)->Verdict:             # No gain where the other is as small and as fast, else the same verdict
+)->Verdict:             # No gain unless the model is smaller, or faster both times; else the same verdict
     "The verdict in view of a simpler model"
-    ratios = rival.single/gain.single, rival.batch/gain.batch
-    if not verdict.recommended or gain.size < .9*rival.size or min(ratios) <= .9: return verdict
-    return Verdict(Decision.no_gain, f'no gain over {name}, which is as small and {ratios[0]:.1f} times as fast '
-                                     f'for one image and {ratios[1]:.1f} for a batch')
+    against = Gain(gain.size/rival.size, gain.single/rival.single, gain.batch/rival.batch)
+    if not verdict.recommended or against.smaller or against.faster: return verdict
+    return Verdict(Decision.no_gain, f'no gain over {name}, which is as small ({against.single:.1f} times as fast as '
+                                     f'that for one image, {against.batch:.1f} for a batch)')
 
 # %% ../../nbs/854_optimize.verdict.ipynb #dc9072fa
 def recommended_one(
