@@ -22,7 +22,7 @@ setup(
                  'Programming Language :: Python :: 3', 'Programming Language :: Python :: 3.11'],
     packages=find_packages(include=['strip_notebooks', 'strip_notebooks.*']) + ['strip_notebooks.steps'],
     package_dir={'strip_notebooks.steps': 'nbs/experiments'},   # what `clot run` executes, for those who have no checkout
-    package_data={'strip_notebooks.steps': ['*.ipynb'], 'strip_notebooks': ['**/*.html', '**/*.css', '**/*.j2', '**/*.csv']},   # steps; the report's template
+    package_data={'strip_notebooks.steps': ['*.ipynb'], 'strip_notebooks': ['**/*.html', '**/*.css', '**/*.js', '**/*.j2', '**/*.csv']},   # steps; the templates of the report and of the page
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': extra('dev') + extra('cluster') + extra('openvino'),      # the tests need all of them

@@ -31,6 +31,7 @@ class Comparison:
     target:float        # What the ratio must reach
     higher:bool         # Whether it must be at least the target, or at most
     numbers:str=''      # Behind the ratio, in words
+    unit:str='x'        # Of the target, after its number
 
     @property
     def met(self):
@@ -44,7 +45,7 @@ def benchmark_table(
     "Ratios with their targets"
     def row(c):
         bound = 'at least' if c.higher else 'at most'
-        return dict(what=c.what, against=c.against, ratio=round(c.ratio, 2), target=f'{bound} {c.target:g}x',
+        return dict(what=c.what, against=c.against, ratio=round(c.ratio, 2), target=f'{bound} {c.target:g}{c.unit}',
                     met='yes' if c.met else 'no', numbers=c.numbers)
     return pd.DataFrame([row(c) for c in comparisons])
 

@@ -4,28 +4,14 @@
 
 # %% auto #0
 __all__ = ['gather_parameters', 'run_command', 'runs_command', 'demo_parameters', 'demo_command', 'predict_command',
-           'serve_command', 'evaluate_command', 'parser', 'main']
+           'serve_command', 'evaluate_command', 'search_command', 'batch_command', 'parser', 'main']
 
 # %% ../nbs/990_cli.ipynb #1277d198
 import argparse, contextlib, logging, os, shlex, shutil, signal, sys, textwrap, threading
 from pathlib import Path
 
 from . import __version__
-from .core import StripError, nearest, plural
-
-# %% ../nbs/990_cli.ipynb #05060c07
-def _read_yaml(file):
-    "The names and values of a YAML file; a `StripError` that names the line if it is not one"
-    import yaml
-    if not Path(file).is_file(): raise StripError(f'{file!r} is not a file; name a YAML file of parameters.')
-    try: given = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
-    except yaml.MarkedYAMLError as e:
-        line = f' in line {e.problem_mark.line + 1}' if e.problem_mark else ''
-        raise StripError(f'{file} is not readable as YAML: {e.problem}{line}.') from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
-        raise StripError(f'{file} is not readable as YAML: {str(e).splitlines()[0]}.') from None
-    if not isinstance(given, dict): raise StripError(f'{file} must hold lines of the form "name: value".')
-    return {str(name): value for name, value in given.items()}
+from .core import StripError, nearest, plural, read_yaml
 
 # %% ../nbs/990_cli.ipynb #580ab8fe
 def gather_parameters(
@@ -33,7 +19,7 @@ def gather_parameters(
     file=None,      # A YAML file of names and values
 )->dict:            # Name -> value, the pairs' as text
     "The parameters given on a command line"
-    given = {} if file is None else _read_yaml(file)
+    given = {} if file is None else read_yaml(file)
     for pair in pairs:
         name, sign, value = pair.partition('=')
         if not sign or not name: raise StripError(f'-p {pair!r} is not of the form name=value.')
@@ -97,6 +83,19 @@ def run_command(
     print(_summary(run) + f'finished: {run.path}')
 
 # %% ../nbs/990_cli.ipynb #184b0207
+def _count(row, name):
+    "A number of a row as an int; 0 where it has none"
+    value = row.get(name, float('nan'))
+    return int(value) if value == value else 0
+
+def _of_many(row, said):
+    "The result of a search, a trial or a batch, in words; `said` for other runs"
+    jobs, trials, stopped = (_count(row, name) for name in ('jobs', 'trials', 'stopped_after'))
+    step = row.get('step')
+    if step == 'batch' and jobs: return f"{plural(jobs, 'job')}, {_count(row, 'failed')} failed"
+    if step == 'search' and trials: return f'best of {plural(trials, "trial")}: {said}'
+    return f'{said}, stopped after {plural(stopped, "epoch")}' if step == 'search_trial' and stopped else said
+
 def _found(row):
     "The AUC of a run, or the first line of its error; empty if it has neither"
     from strip_notebooks.statistics import Estimate
@@ -104,7 +103,8 @@ def _found(row):
     values = [row.get(f'test_auc{end}', float('nan')) for end in ('', '_low', '_high')]
     if values[0] == values[0]: return f'test AUC {Estimate(*values)}'
     validation = row.get('validation_auc', float('nan'))
-    return f'validation AUC {validation:.2f}' if validation == validation else ''
+    said = f'validation AUC {validation:.2f}' if validation == validation else ''
+    return _of_many(row, said)
 
 # %% ../nbs/990_cli.ipynb #8120c637
 def _list_lines(table):
@@ -383,9 +383,10 @@ def serve_command(
     args,   # The parsed words after `clot serve`
 )->None:
     "Serve a trained model until Ctrl-C or SIGTERM; SIGHUP loads it again"
+    from strip_notebooks.serving.page import serving_page
     from strip_notebooks.serving.server import ServerSettings, key_variable, metrics_variable, read_keys, serve
     keys, metrics = read_keys(key_variable, args.key_file), read_keys(metrics_variable, args.metrics_key_file)
-    settings = ServerSettings(args.host, args.port, keys, metrics, audit=args.audit, keep_alive=args.keep_alive)
+    settings = ServerSettings(args.host, args.port, keys, metrics, serving_page(), args.audit, args.keep_alive)
     serve(_service_settings(args), settings)
 
 # %% ../nbs/990_cli.ipynb #e5e02c45
@@ -400,6 +401,29 @@ def evaluate_command(
     remove_leftovers(args.runs)
     run = run_experiment('evaluate_table', {**parameters, **gather_parameters(args.p, args.f)}, args.runs, show=False)
     print(_summary(run) + f'report: {run.report}')
+
+# %% ../nbs/990_cli.ipynb #9e65afdb
+def search_command(
+    args,   # The parsed words after `clot search`
+)->None:
+    "Search parameters as a YAML file says, or continue; or print an example of such a file"
+    if args.example:
+        from strip_notebooks.search.space import example_search
+        return print(example_search, end='')
+    if not args.file: raise StripError('Name the YAML file of the search; `clot search --example` prints one.')
+    from strip_notebooks.searches import run_search
+    run = run_search(args.file, args.trials, args.workers, args.engine, args.address, args.runs)
+    print(_summary(run) + f'finished: {run.path}')
+
+def batch_command(
+    args,   # The parsed words after `clot batch`
+)->None:
+    "Run the notebooks that a YAML file names, or those that are left; or print an example of such a file"
+    from strip_notebooks.batch import example_batch, run_batch
+    if args.example: return print(example_batch, end='')
+    if not args.file: raise StripError('Name the YAML file of the batch; `clot batch --example` prints one.')
+    run = run_batch(args.file, args.workers, args.engine, args.address, args.runs)
+    print(_summary(run) + f'finished: {run.path}')
 
 # %% ../nbs/990_cli.ipynb #c59342c5
 def _add_parameters(command, example):
@@ -498,11 +522,36 @@ def _add_evaluate(command):
             type=float)
     _add_parameters(command, 'resamples=5000')
 
-# %% ../nbs/990_cli.ipynb #5e72f7d3
+# %% ../nbs/990_cli.ipynb #96a6cff5
+def _add_engine(command, what):
+    "The options of commands that start many runs"
+    command.add_argument('--example', action='store_true', help='print a commented example of the file')
+    _option(command, 'workers', 'N', f'{what} at the same time, each with its share of the cores; default 1',
+            type=int, default=1)
+    _option(command, 'engine', 'NAME', 'where they compute: local, dask (with --address) or slurm; default local',
+            default='local')
+    _option(command, 'address', 'ADDRESS', 'of a Dask scheduler, such as tcp://host:8786', default='')
+
+def _add_search(command):
+    "The options of `clot search`"
+    command.add_argument('file', nargs='?', metavar='SEARCH.YAML',
+                         help='metric, sampler, what is fixed and what varies')
+    _option(command, 'trials', 'N', 'trials in all, instead of what the file says', type=int)
+    _add_engine(command, 'trials')
+
+def _add_batch(command):
+    "The options of `clot batch`"
+    command.add_argument('file', nargs='?', metavar='BATCH.YAML', help='notebooks with parameters, or products of them')
+    _add_engine(command, 'jobs')
+
+# %% ../nbs/990_cli.ipynb #a3233141
 _about = ('Predicts whether a clot came from the heart (CE) or a large artery (LAA) from images, per patient and with '
           'intervals. For research only.')
+_go_on = 'Killed? The same command continues. More --trials later? They are added.'
+_again = 'Killed, or jobs failed? The same command does what is left.'
 _demo_help = 'prepare, train, evaluate, study and report in a row, on synthetic clots or on your images'
 
+# %% ../nbs/990_cli.ipynb #5e72f7d3
 def parser()->argparse.ArgumentParser:
     "The commands and options of `clot`"
     main = argparse.ArgumentParser('clot', description=_about)
@@ -521,6 +570,8 @@ def parser()->argparse.ArgumentParser:
     _add_predict(command('predict', predict_command, 'predict new images with a trained model; no labels needed'))
     _add_serve(command('serve', serve_command, 'serve a trained model over HTTP: an API and a page for images'))
     _add_evaluate(command('evaluate', evaluate_command, "evaluate someone else's predictions: tables, figures, report"))
+    _add_search(command('search', search_command, 'search the best parameters, on validation patients', epilog=_go_on))
+    _add_batch(command('batch', batch_command, 'run many notebooks with parameters, several at once', epilog=_again))
     return main
 
 # %% ../nbs/990_cli.ipynb #85399e47
@@ -555,7 +606,7 @@ def _say_missing(error):
     "The sentence and the exit code where a package is not installed; an own module that is missing is an error of ours"
     if (error.name or '').partition('.')[0] == 'strip_notebooks': raise error
     return _say(f'this needs the package {error.name}, which is not installed here. For serving, take a bundle of '
-                'ONNX Runtime, which `export_bundle` writes; for the rest, install the whole workspace.', 2)
+                'ONNX Runtime, such as `clot run optimize` makes; for the rest, install the whole workspace.', 2)
 
 # %% ../nbs/990_cli.ipynb #b55b433f
 def _call(args):

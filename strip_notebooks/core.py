@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['okabe_ito', 'StripError', 'nearest', 'plural', 'short_name', 'figure_name', 'listing', 'class_colors', 'content_hash',
            'derive_seed', 'seed_everything', 'atomic_path', 'remove_temporaries', 'write_text', 'write_json',
-           'read_json', 'quote_formula', 'unquote_formula', 'write_csv', 'file_hash']
+           'read_json', 'read_yaml', 'quote_formula', 'unquote_formula', 'write_csv', 'file_hash']
 
 # %% ../nbs/000_core.ipynb #7c0ba46b
 import hashlib, json, os, random, re, secrets
@@ -182,6 +182,22 @@ def read_json(
     missing = [name for name in needed if name not in found]
     if missing: raise StripError(f'{path} holds no {listing(missing)}: it is corrupt.')
     return found
+
+# %% ../nbs/000_core.ipynb #00d00c53
+def read_yaml(
+    file,       # File to read
+)->dict:        # What it holds; empty for an empty file
+    "The names and values of a YAML file; a `StripError` that names the line if it is not one"
+    import yaml
+    if not Path(file).is_file(): raise StripError(f'{str(file)!r} is not a file; name a YAML file.')
+    try: given = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
+    except yaml.MarkedYAMLError as e:
+        line = f' in line {e.problem_mark.line + 1}' if e.problem_mark else ''
+        raise StripError(f'{file} is not readable as YAML: {e.problem}{line}.') from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        raise StripError(f'{file} is not readable as YAML: {str(e).splitlines()[0]}.') from None
+    if not isinstance(given, dict): raise StripError(f'{file} must hold lines of the form "name: value".')
+    return {str(name): value for name, value in given.items()}
 
 # %% ../nbs/000_core.ipynb #bd336941
 def quote_formula(

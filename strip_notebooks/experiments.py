@@ -400,11 +400,12 @@ def find_run(
                           f'create one with `clot run {steps[0]}`.')
 
 # %% ../nbs/900_experiments.ipynb #eeb5408a
-builds_on = dict(train=('prepare_run', ['prepare']), crossval=('prepare_run', ['prepare']),
+builds_on = dict(**dict.fromkeys(['train', 'search_trial', 'crossval'], ('prepare_run', ['prepare'])),
                  derive=('train_run', ['train']),
-                 **dict.fromkeys(['evaluate', *study_steps], ('train_run', ['train', 'derive'])),
+                 **dict.fromkeys(['evaluate', *study_steps, 'optimize'], ('train_run', ['train', 'derive'])),
                  report=('evaluate_run', ['evaluate']))
-_by_name = dict(evaluate=['uncertainty'])   # Steps whose runs are taken if they are named, and never as the newest
+# Steps whose runs are taken if they are named, and never as the newest
+_by_name = dict(evaluate=['uncertainty', 'optimize'], optimize=['uncertainty'])
 
 def with_parent(
     step:str,       # The experiment
@@ -467,6 +468,8 @@ def run_experiment(
     parameters:dict|None=None, # Name -> value; the notebook's default for all others
     root=None,              # The folder of all runs; None is the workspace's runs/
     show:bool=True,         # Print the notebook's output as it appears
+    threads:int|None=None,  # Threads of one process; None asks the machine
+    part_of:str='',         # The search or batch that starts it, and as what
 )->Run:                     # The finished run
     "Execute an experiment into a new run; a `StripError` that says how to resume it if it fails"
     path = experiment_path(step)
@@ -475,11 +478,13 @@ def run_experiment(
     if not own:
         values, parent = with_parent(step, values, root)
         check_names(values, parent)
-    return _execute(path, new_run(path.stem, values, root, own), show)
+    return _execute(path, new_run(path.stem, values, root, own, threads, part_of), show)
 
 # %% ../nbs/900_experiments.ipynb #f407b73d
 def _notebook_of(run):
     "The notebook that a run executes: of the experiment, of the user's own where it was, or its copy"
+    if run.step in ('search', 'batch'):
+        raise ExperimentError(f'{run.name} is a {run.step}; `clot {run.step}` with its YAML file continues it.')
     own = run.status.notebook
     if not own: return experiment_path(run.step)
     return Path(own) if Path(own).is_file() else run.source
@@ -526,9 +531,11 @@ def _minutes(status):
     began, ended = (datetime.fromisoformat(t) for t in (status.started, status.ended or now()))
     return f'{(ended - began).total_seconds()/60:.1f}'
 
+_trainings = ['train', 'search_trial', 'crossval']
+
 def _settings_of(run):
     "data, model, epochs, seed and minutes of a run, as text"
-    prepared, trained = _origin(run, 'prepare'), _origin(run, 'train') or _origin(run, 'crossval')
+    prepared, trained = _origin(run, 'prepare'), next(filter(None, (_origin(run, s) for s in _trainings)), None)
     given = trained.parameters if trained else {}
     return dict(data=_data_words(prepared) if prepared else '', model=given.get('arch', ''),
                 epochs=str(given.get('epochs', '')), seed=str(run.parameters.get('seed', given.get('seed', ''))),

@@ -29,7 +29,7 @@ from .uncertainty.conformal import conformal_sets, conformal_words, set_words
 from .uncertainty.outliers import finds_outliers, predict_pixels
 
 # %% ../nbs/930_predict.ipynb #59dc0fc3
-_with_bundle = ['train', 'derive', 'crossval', 'uncertainty']   # Steps whose runs hold a bundle
+_with_bundle = ['train', 'derive', 'crossval', 'uncertainty', 'optimize']   # Steps whose runs hold a bundle
 
 def _model_run(run):
     "The run with a bundle that a run is, or builds on"

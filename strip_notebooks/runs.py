@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bundle_name', 'checkpoints_name', 'RunError', 'git_commit', 'processor', 'device_name', 'thread_count', 'environment',
            'workspace', 'process_started', 'Owner', 'Status', 'now', 'Run', 'remove_new_folders', 'new_run', 'open_run',
-           'list_runs']
+           'list_runs', 'find_part']
 
 # %% ../nbs/040_runs.ipynb #82978f37
 import json, os, platform, secrets, subprocess, sys, warnings
@@ -129,6 +129,7 @@ class Status(Owner):
     error:str = ''          # Why it failed or was interrupted
     attempts:int = 1        # How often it was started
     notebook:str = ''       # The notebook that it executes, where that is none of the experiments
+    part_of:str = ''        # The search or batch that started it, and as what, such as 'RUN/3'
     links:dict = field(default_factory=dict)  # Step -> path of the run it builds on, relative to the folder of runs
 
 # %% ../nbs/040_runs.ipynb #6bd474a1
@@ -218,11 +219,12 @@ def new_run(
     root=None,          # The folder of all runs; None is the workspace's runs/
     notebook='',        # The user's own notebook that it executes; a copy is kept in the run
     threads:int|None=None,  # Threads of one process; None asks the machine
+    part_of:str='',         # The search or batch that starts it, and as what
 )->Run:                 # In the state 'running', by this process
     "Create a run folder that no earlier run has had"
     stamp, folder = datetime.now(timezone.utc).strftime('%Y-%m-%d_%H%M%S'), Path(root or workspace()/'runs')
     own = str(Path(notebook).resolve()) if notebook else ''
-    status = Status(**asdict(Owner.this()), step=step, started=now(), notebook=own)
+    status = Status(**asdict(Owner.this()), step=step, started=now(), notebook=own, part_of=part_of)
     with _new_folder(folder) as new:
         write_json(new/'parameters.json', parameters)
         write_json(new/'environment.json', environment(parameters.get('seed'), threads))    # takes a second
@@ -480,3 +482,16 @@ def list_runs(
     found = sorted(p for p in root.glob('[!.]*/status.json') if p.is_file())
     runs = pd.DataFrame([_row(Run(p.parent)) for p in found])
     return runs.reindex(columns=first + [c for c in runs if c not in first])
+
+# %% ../nbs/040_runs.ipynb #bc8eac5f
+def find_part(
+    part_of:str,    # The name of a search or batch, and which part, such as 'RUN/3'
+    root=None,      # The folder of all runs; None is the workspace's runs/
+):                  # A `Run`, or None
+    "The run that is this part of a search or batch"
+    for path in sorted(Path(root or workspace()/'runs').glob('[!.]*/status.json')):
+        try:
+            if part_of in path.read_text(encoding='utf-8') and Run(path.parent).status.part_of == part_of:
+                return Run(path.parent)
+        except (RunError, OSError): pass            # a corrupt run is no part of anything
+    return None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['study_steps', 'step_settings', 'check_pairs', 'check_window_pair', 'check_split', 'check_images', 'CohortSettings',
-           'ReadingSettings', 'PixelSettings', 'PrepareSettings', 'TrainSettings', 'CrossvalSettings',
+           'ReadingSettings', 'PixelSettings', 'PrepareSettings', 'TrainSettings', 'TrialSettings', 'CrossvalSettings',
            'PretrainSettings', 'EvaluateSettings', 'StatedSettings', 'check_table', 'EvaluateTableSettings',
            'DeriveSettings', 'ReportSettings', 'BenchmarkSettings', 'setting_parameters', 'setting_range']
 
@@ -15,7 +15,8 @@ from pydantic import Field, field_validator, model_validator
 
 from .training.config import PretrainConfig, Settings, SettingsError, TrainConfig, parameter_type
 from .study_settings import (
-    BiasSettings, ExplainSettings, FeatureSettings, RobustnessSettings, UncertaintySettings)
+    BiasSettings, ExplainSettings, FeatureSettings, OptimizeSettings, RobustnessSettings, UncertaintySettings)
+from .search.space import TrialConfig
 from .training.schemes import CrossvalConfig
 
 # %% ../nbs/895_settings.ipynb #7f1ccc82
@@ -128,6 +129,10 @@ class TrainSettings(TrainConfig):
     "How a model is trained, and on what"
     prepare_run:str = Field('', description='A run of prepare; empty takes the newest')
 
+# %% ../nbs/895_settings.ipynb #9c4fadeb
+class TrialSettings(TrialConfig, TrainSettings):
+    "How a model is trained in a search, and which patients judge it"
+
 # %% ../nbs/895_settings.ipynb #b98b5f88
 class CrossvalSettings(TrainSettings, CrossvalConfig):
     "Which patients test which models, and how each model is trained"
@@ -227,10 +232,11 @@ class BenchmarkSettings(Settings):
 # %% ../nbs/895_settings.ipynb #32a67f12
 study_steps = ['explain', 'features', 'uncertainty', 'robustness', 'bias']     # those that look at one model
 
-step_settings = dict(prepare=PrepareSettings, pretrain=PretrainSettings, train=TrainSettings, crossval=CrossvalSettings,
+step_settings = dict(prepare=PrepareSettings, pretrain=PretrainSettings, train=TrainSettings,
+                     search_trial=TrialSettings, crossval=CrossvalSettings,
                      derive=DeriveSettings, evaluate=EvaluateSettings, evaluate_table=EvaluateTableSettings,
                      explain=ExplainSettings, features=FeatureSettings, uncertainty=UncertaintySettings,
-                     robustness=RobustnessSettings, bias=BiasSettings, report=ReportSettings,
+                     robustness=RobustnessSettings, bias=BiasSettings, optimize=OptimizeSettings, report=ReportSettings,
                      benchmark=BenchmarkSettings)
 
 # %% ../nbs/895_settings.ipynb #b9e83ad5

@@ -116,7 +116,7 @@ def test_a_reader_that_has_enough_is_no_error(demo):
     (['demo', '--help'], 'FOLDER_OR_CSV'),
     (['runs', '--help'], 'compare'),
     (['run', '--help'], 'NAME=VALUE'),
-    (['run', '--list'], 'prepare, pretrain, report, robustness, train'),
+    (['run', '--list'], 'prepare, pretrain, report, robustness, search_trial, train'),
     (['run'], 'derive'),
     (['run', 'train', '--help'], 'lr  (float, 0 or more, default 0.0)\n      Highest learning rate; 0 takes 0.002, or 0.0002 for pretrained weights'),
     (['run', 'derive', '--help'], 'temperature  (float, above 0 to below 1000, default 1.0)'),

@@ -300,7 +300,7 @@ def test_the_readme_names_commands_that_exist():
     "Each command of its blocks is one of make or clot; `clot` takes the options"
     from strip_notebooks.cli import parser
     text = (root/'README.md').read_text()
-    lines = [line.split('#')[0].strip() for block in re.findall(r'^```\n(.*?)^```', text, flags=re.MULTILINE | re.DOTALL) for line in block.splitlines()]
+    lines = [re.split('[#>]', line)[0].strip() for block in re.findall(r'^```\n(.*?)^```', text, flags=re.MULTILINE | re.DOTALL) for line in block.splitlines()]
     targets = re.findall(r'^(\w+):', (root/'Makefile').read_text(), flags=re.MULTILINE)
     for line in lines:
         if line.startswith('make '): assert line.split()[1] in targets, line

@@ -50,7 +50,7 @@ banned = [
      r'a great many|not a few|no matter|as it were|so to speak|be it)\b', 'a current word'),
     (r'\beven so\b|\bone and all\b|\bby and by\b|\bat all events\b|\bin vain\b|\bin the place of\b', 'a current word'),
     (r'colour|grey|centre|normalis|artefact|haem(?:at(?!ologica)|o|or)|behaviour|favour|neighbour|honour|tumour|fibre|licence|defence|judgement|'
-     r'(?:\bmi|centi|kilo|milli)?metres?\b|\blitres?\b|catalogue|programme\b|modell(?:ed|ing)|labell|travell|signall|channell|ageing|draught|sceptic|oedema|anaem|ischaem|leukaem|'
+     r'(?:\bmi|centi|kilo|milli)?metres?\b|\blitres?\b|catalogue|programme\b|modell(?:ed|ing)|labell(?!edby)|travell|signall|channell|ageing|draught|sceptic|oedema|anaem|ischaem|leukaem|'
      r'optimis(?!t|m)|realis(?!t|m)|generalis(?!t)|specialis(?!t)|(?:initial|recogn|organ|standard|summar|serial|minim|maxim|visual|equal|pseudonym|anonym|quant|regular|random|vector|token|penal|'
      r'character|categor|local|final|util|synchron|capital|linear|binar|discret|parametr|stabil|crystall|digit|priorit|custom|material|neutral|memor)is(?:e|ed|es|er|ers|ing|ation|ations)\b|'
      r'analys(?:e|ed|es|ing)\b(?<!analyses)|practis(?:e|ed|ing)|emphasis(?:e|ed|ing)\b', 'American spelling: color, gray, center, normalize, artifact, hematoxylin'),
@@ -89,7 +89,7 @@ def hits(path):
 def spoken():
     "Every file that speaks to a reader; the library's modules are exported from the notebooks, so only what else the package holds is read there"
     yield from (p for p in sorted((root/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts)
-    yield from (p for p in sorted((root/'strip_notebooks').rglob('*')) if p.suffix in ('.html', '.css', '.j2', '.jinja', '.txt', '.md'))
+    yield from (p for p in sorted((root/'strip_notebooks').rglob('*')) if p.suffix in ('.html', '.css', '.js', '.j2', '.jinja', '.txt', '.md'))
     yield from (p for p in sorted((root/'tools').rglob('*')) if p.suffix in ('.py', '.md'))
     yield from (root/name for name in ('README.md', 'CHANGELOG.md', 'CONTRIBUTING.md', 'CITATION.cff', 'Makefile', 'settings.ini', '_quarto.yml', 'setup.py', 'data/README.md', 'runs/README.md', '.dockerignore'))
     yield from (p for p in sorted((root/'deploy').rglob('*')) if p.is_file() and p.name not in ('requirements.txt', '.env'))

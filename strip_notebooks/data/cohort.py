@@ -182,8 +182,8 @@ def check_split_names(
     names = ', '.join(split_names)
     raise CohortError(f'{_rows(cohort, bad)} no valid split; a split is one of {names}. Split the cohort again.')
 
-def _check_split(cohort):
-    "A `CohortError` unless every image has a split, no patient is in two, and each split has patients"
+def _check_split(cohort, needed=split_names):
+    "A `CohortError` unless every image has a split, no patient is in two, and each split that is needed has patients"
     if 'split' not in cohort:
         raise CohortError('The cohort has no column split; make one with split_patients or read_splits.')
     check_split_names(cohort)
@@ -192,8 +192,8 @@ def _check_split(cohort):
         count = cohort.patient_id[shared].nunique()
         raise CohortError(f'{plural(count, "patient")} in more than one split, '
                           f'the first in {place_of(cohort, shared.argmax())}; split by patient.')
-    empty = [s for s in split_names if s not in set(cohort.split)]
-    if empty: raise CohortError(f'The split {" and ".join(empty)} has no patients; a split needs train, val and test.')
+    empty = [s for s in needed if s not in set(cohort.split)]
+    if empty: raise CohortError(f'The split {" and ".join(empty)} has no patients; a split needs {listing(needed)}.')
 
 # %% ../../nbs/140_data.cohort.ipynb #7443cf23
 def sorted_centers(
@@ -238,7 +238,7 @@ def _unusual(cohort):
 def check_cohort(
     cohort:pd.DataFrame,    # One row per image
     labeled:bool=True,      # Whether every image must have a label; False allows a cohort without any
-    split:bool=False,       # Whether every image must be in one of the three splits, and every patient in one
+    split=False,            # Whether every patient must be in one split; True needs patients in all, a list in those
 )->pd.DataFrame:            # The same rows, ids as text, the needed columns first, without `label` if there are none
     "`cohort`, valid; a `CohortError` with column, row and remedy if not, a `CohortWarning` for what is unusual"
     _check_repeated(cohort.columns)
@@ -250,7 +250,7 @@ def check_cohort(
     if double.any():
         raise CohortError(f'{plural(double.sum(), "image id")} used more than once, '
                           f'the first again in {place_of(out, double.argmax())}; an image_id identifies one image.')
-    if split: _check_split(out)
+    if split: _check_split(out, split_names if split is True else split)
     for sentence in _unusual(out): _warn(sentence)
     first = [c for c in columns_needed if c in out]
     return out[first + [c for c in out if c not in first]].reset_index(drop=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Point', 'agreement', 'Change', 'model_change', 'change_figure']
 
-# %% ../../nbs/850_optimize.compare.ipynb #95de6fa2
+# %% ../../nbs/850_optimize.compare.ipynb #c52bbced
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..operating import predicted_class
 from ..predictions import aggregate_patients, classes_of, patient_arrays
 from ..statistics import Estimate, delong_paired, interval, resampled
 
-# %% ../../nbs/850_optimize.compare.ipynb #fc04acdb
+# %% ../../nbs/850_optimize.compare.ipynb #a85496f8
 @dataclass(frozen=True)
 class Point:
     "How the images of a patient become a decision"
@@ -36,7 +36,7 @@ def _same_images(before, after):
 def agreement(
     before:pd.DataFrame,    # Predictions of the original, one row per image
     after:pd.DataFrame,     # Predictions of the optimized model for the same images
-    point:Point,            # The operating points
+    point:Point,            # Thresholds and aggregation
 )->tuple:                   # Share of images with the same predicted class, and the largest difference of a probability
     "How far two models agree, image by image"
     _same_images(before, after)
@@ -44,7 +44,7 @@ def agreement(
     columns = [f'p_{c}' for c in classes_of(before)]
     return float(np.mean(same)), float(np.abs(before[columns].to_numpy() - after[columns].to_numpy()).max())
 
-# %% ../../nbs/850_optimize.compare.ipynb #ac026908
+# %% ../../nbs/850_optimize.compare.ipynb #efd79683
 @dataclass(frozen=True)
 class Change:
     "What an optimized model changes on the test set, after less before"
@@ -71,11 +71,11 @@ def _calibration_change(y, p, q, resampling):
     if smaller < 2: return Estimate(value, float('nan'), float('nan'))
     return interval(resampled(difference, y, *resampling), value, expanded_level(smaller))
 
-# %% ../../nbs/850_optimize.compare.ipynb #db6edc5f
+# %% ../../nbs/850_optimize.compare.ipynb #e0af244f
 def model_change(
     before:pd.DataFrame,    # Predictions of the original for the test set, one row per image, with labels
     after:pd.DataFrame,     # Predictions of the optimized model for the same images
-    point:Point,            # The operating points
+    point:Point,            # Thresholds and aggregation
     n_resamples:int=2000,   # Bootstrap resamples of patients
     seed:int=0,             # Which resamples
 )->Change:
@@ -89,7 +89,7 @@ def model_change(
     return Change(len(before), len(y), int(min(y.sum(), (1 - y).sum())), share, largest, same, auc,
                   losses['weighted_log_loss'], _calibration_change(y, p, q, resampling))
 
-# %% ../../nbs/850_optimize.compare.ipynb #b5fa8c27
+# %% ../../nbs/850_optimize.compare.ipynb #ecd41dde
 def change_figure(
     before:pd.DataFrame,    # Predictions of the original, one row per image
     others:dict,            # Name -> predictions of an optimized model for the same images

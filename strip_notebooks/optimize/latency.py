@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['seconds_in_turns', 'speed_rows', 'measured_speeds']
 
-# %% ../../nbs/804_optimize.latency.ipynb #154f42fe
+# %% ../../nbs/804_optimize.latency.ipynb #c54f69fb
 import time
 from functools import partial
 
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/804_optimize.latency.ipynb #222d9c12
+# %% ../../nbs/804_optimize.latency.ipynb #3536236a
 def seconds_in_turns(
     functions,      # Functions without arguments
     repeats:int=3,  # Rounds that count; one more comes first, to warm up
@@ -27,7 +27,7 @@ def seconds_in_turns(
             times[turn, k] = time.perf_counter() - start
     return times[1:]
 
-# %% ../../nbs/804_optimize.latency.ipynb #ea22460f
+# %% ../../nbs/804_optimize.latency.ipynb #4473cf50
 def speed_rows(
     singles:np.ndarray, # (rounds, models) seconds for one image
     batches:np.ndarray, # (rounds, models) seconds for a batch
@@ -39,16 +39,16 @@ def speed_rows(
         per_second=batch/np.median(batches, 0),
         ratio_single=np.median(singles[:, :1]/singles, 0), ratio_batch=np.median(batches[:, :1]/batches, 0)))
 
-# %% ../../nbs/804_optimize.latency.ipynb #a69fb19a
+# %% ../../nbs/804_optimize.latency.ipynb #b7426cee
 def measured_speeds(
     bundles:dict,       # Name -> bundle; the first one is what the others are compared with
     pixels:np.ndarray,  # (N, S, S, 3) uint8, preprocessed, at least 1 image
-    rounds:int=30,      # Rounds with one image; there is a fifth as many with a batch, at least 3
+    rounds:int=30,      # Rounds with one image; there is a fifth as many with a batch, at least 5
     batch:int=32,       # Images of a batch
 )->pd.DataFrame:        # Index: the name; as from `speed_rows`
     "How fast some bundles are on this machine, taking turns"
     many = np.resize(pixels, (batch, *pixels.shape[1:]))
     def calls(x): return [partial(b.probabilities, x, batch) for b in bundles.values()]
     singles = seconds_in_turns(calls(many[:1]), rounds)
-    batches = seconds_in_turns(calls(many), max(3, rounds//5))
+    batches = seconds_in_turns(calls(many), max(5, rounds//5))
     return speed_rows(singles, batches, batch).set_axis(list(bundles))

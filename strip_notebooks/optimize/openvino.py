@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['openvino_network', 'openvino_int8']
 
-# %% ../../nbs/814_optimize.openvino.ipynb #54f5bd25
+# %% ../../nbs/814_optimize.openvino.ipynb #1359db39
 import contextlib, io, logging
 from unittest import mock
 
@@ -14,7 +14,7 @@ import numpy as np
 from ..openvino_runtime import import_openvino, openvino_bytes
 from .quantize import QuantizationError
 
-# %% ../../nbs/814_optimize.openvino.ipynb #260b5082
+# %% ../../nbs/814_optimize.openvino.ipynb #dbb7807f
 def openvino_network(
     data:bytes,             # An ONNX file, from `export_onnx`
     precision:str='f32',    # f32 or bf16
@@ -26,7 +26,7 @@ def openvino_network(
         raise QuantizationError(f'OpenVINO cannot read the network: {str(e).splitlines()[0][:200]}.') from None
     return openvino_bytes(model, precision)
 
-# %% ../../nbs/814_optimize.openvino.ipynb #2852aa6e
+# %% ../../nbs/814_optimize.openvino.ipynb #9f00e5b7
 _in_floats = ['Add', 'Subtract', 'Multiply', 'MatMul']      # Sums, normalization, and the classifier
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def _silent():
         with contextlib.redirect_stdout(words), contextlib.redirect_stderr(words), plain: yield
     finally: logging.disable(before)
 
-# %% ../../nbs/814_optimize.openvino.ipynb #4c076f40
+# %% ../../nbs/814_optimize.openvino.ipynb #242de1d3
 def openvino_int8(
     data:bytes,             # An ONNX file with floats
     pixels:np.ndarray,      # (N, S, S, 3) uint8, of the training set
@@ -53,8 +53,9 @@ def openvino_int8(
     images = nncf.Dataset([pixels[i:i + 1] for i in range(len(pixels))], lambda image: dict(image=image))
     try:
         with _silent():
+            floats = nncf.IgnoredScope(types=_in_floats, validate=False)    # a network need not have all of them
             model = nncf.quantize(ov.Core().read_model(data), images, preset=nncf.QuantizationPreset.MIXED,
-                                  subset_size=len(pixels), ignored_scope=nncf.IgnoredScope(types=_in_floats))
+                                  subset_size=len(pixels), ignored_scope=floats)
             return openvino_bytes(model)
     except Exception as e:
         raise QuantizationError(f'NNCF cannot quantize the network: {str(e).splitlines()[0][:200]}.') from None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Draft', 'draft_bundle', 'calibration_method', 'make_raw', 'Refitted', 'refitted', 'write_optimized']
 
-# %% ../../nbs/830_optimize.refit.ipynb #d25edbf4
+# %% ../../nbs/830_optimize.refit.ipynb #d4bf1a64
 import warnings
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from ..uncertainty.conformal import fit_conformal
 from ..uncertainty.derived import add_reference
 from ..uncertainty.outliers import fit_limit
 
-# %% ../../nbs/830_optimize.refit.ipynb #30db7ecd
+# %% ../../nbs/830_optimize.refit.ipynb #49462f74
 @dataclass(frozen=True, eq=False)
 class Draft:
     "An optimized network before anything is fitted to it"
@@ -31,14 +31,14 @@ class Draft:
 
 def draft_bundle(
     parent:Bundle,          # The original
-    draft:Draft,            # What the new bundle will be made of
+    draft:Draft,            # What to load
     threads:int|None=None,  # Of one call; None asks the machine
 )->Bundle:                  # In memory
     "A draft as a bundle that predicts, without prediction sets and outliers"
     fields = {**parent.spec, **dict.fromkeys(('conformal', 'outliers', 'reference', 'head')), **draft.fields}
     return make_bundle(fields, draft.files, draft.runtime, threads=threads)
 
-# %% ../../nbs/830_optimize.refit.ipynb #abe0fa6b
+# %% ../../nbs/830_optimize.refit.ipynb #496f8fc8
 def calibration_method(
     spec:dict,      # `bundle.spec`
 )->str:             # 'temperature', 'platt', 'isotonic' or 'vector'; empty if nothing was calibrated
@@ -61,7 +61,7 @@ def make_raw(
     "The same without its calibration"
     return Bundle({**bundle.spec, 'calibration': None, 'conformal': None}, bundle.engine, bundle.runtime, bundle.kind)
 
-# %% ../../nbs/830_optimize.refit.ipynb #50ad387d
+# %% ../../nbs/830_optimize.refit.ipynb #e01c8f9f
 @dataclass(frozen=True, eq=False)
 class Refitted:
     "What an optimized bundle gets beside its network"
@@ -90,7 +90,7 @@ def _outliers(parent, bundle, cohort, cache, reasons):
     else: return dict(outliers=fit.limit), {outlier_file: fit.data}
     return {}, {}
 
-# %% ../../nbs/830_optimize.refit.ipynb #a0656fa9
+# %% ../../nbs/830_optimize.refit.ipynb #84d72e37
 def refitted(
     parent:Bundle,          # The original
     bundle:Bundle,          # From `draft_bundle`
@@ -107,10 +107,10 @@ def refitted(
     outliers, files = _outliers(parent, bundle, cohort, cache, reasons)
     return Refitted({'conformal': None, 'outliers': None, **changes, **outliers}, files, reasons)
 
-# %% ../../nbs/830_optimize.refit.ipynb #86d0a209
+# %% ../../nbs/830_optimize.refit.ipynb #5352f228
 def write_optimized(
     parent:Bundle,          # The original, loaded from a folder
-    draft:Draft,            # What the new bundle will be made of
+    draft:Draft,            # What to write
     folder,                 # Where the bundle will be
     cohort:pd.DataFrame,    # One row per image: image_id, patient_id, label, split
     cache,                  # The preprocessed pixels

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['margin', 'least_agreement', 'Decision', 'Verdict', 'Gain', 'judged', 'recommended_one']
 
-# %% ../../nbs/854_optimize.verdict.ipynb #77e625e1
+# %% ../../nbs/854_optimize.verdict.ipynb #5bcf7e1f
 from dataclasses import dataclass
 from enum import Enum
 
@@ -16,7 +16,7 @@ from ..findings import estimate_text
 from ..metrics.compare import least_patients
 from .compare import Change
 
-# %% ../../nbs/854_optimize.verdict.ipynb #4fea2c2a
+# %% ../../nbs/854_optimize.verdict.ipynb #5dcba402
 class Decision(str, Enum):
     "What is to be done with an optimized model"
     take = 'take it'
@@ -42,7 +42,7 @@ class Verdict:
         plain = self.decision in (Decision.take, Decision.not_shown)
         return self.reason if plain else f'not: {self.reason}'
 
-# %% ../../nbs/854_optimize.verdict.ipynb #7901af90
+# %% ../../nbs/854_optimize.verdict.ipynb #272936fd
 @dataclass(frozen=True)
 class Gain:
     "Size and speed of an optimized model in multiples of the original"
@@ -51,21 +51,21 @@ class Gain:
     batch:float     # Speed for a batch; above 1 is faster
 
     smaller = property(lambda self: self.size <= .9, doc='Whether the file is smaller by a tenth')
-    faster = property(lambda self: max(self.single, self.batch) >= 1.1, doc='Whether it is faster by a tenth somewhere')
+    faster = property(lambda self: min(self.single, self.batch) >= 1.1, doc='Whether it is a tenth faster at both')
     slower = property(lambda self: min(self.single, self.batch) < .95, doc='Whether it is slower anywhere')
 
 def _gain_verdict(gain):
     "The verdict that size and speed alone give, or None"
     if not gain.smaller and not gain.faster:
-        return Verdict(Decision.no_gain, f'neither smaller ({100*gain.size:.0f} % of the size) nor faster '
-                                         f'({gain.batch:.2f} times as fast)')
+        speed = f'{gain.single:.2f} times as fast for one image, {gain.batch:.2f} for a batch'
+        return Verdict(Decision.no_gain, f'neither smaller ({100*gain.size:.0f} % of the size) nor faster ({speed})')
     if gain.slower:
         where = 'one image' if gain.single < gain.batch else 'a batch'
         return Verdict(Decision.slower, f'slower than the original ({min(gain.single, gain.batch):.2f} times as fast '
                                         f'for {where})')
     return None
 
-# %% ../../nbs/854_optimize.verdict.ipynb #15c008a3
+# %% ../../nbs/854_optimize.verdict.ipynb #00f2562b
 margin = .03            # Of the AUC, that must be excluded
 least_agreement = .95   # Of the predicted classes of images, where a network must reproduce another
 
@@ -83,7 +83,7 @@ def _patient_verdict(change):
                                            f'lower by more than {margin:g} is not excluded ({auc})')
     return None
 
-# %% ../../nbs/854_optimize.verdict.ipynb #9aba9662
+# %% ../../nbs/854_optimize.verdict.ipynb #ea5ab0cf
 def _praise(gain):
     "Why to take it"
     size = f'{100*gain.size:.0f} % of the size'
@@ -101,7 +101,7 @@ def judged(
                                              f'{plural(change.images, "test image")} get another class')
     return Verdict(Decision.take, _praise(gain))
 
-# %% ../../nbs/854_optimize.verdict.ipynb #39ef6af3
+# %% ../../nbs/854_optimize.verdict.ipynb #dc9072fa
 def recommended_one(
     verdicts:dict,  # Name -> `Verdict`
     gains:dict,     # Name -> `Gain`

@@ -27,6 +27,7 @@ from .access import Access, Refusal, error_body, refusal_headers, refusals
 from .access import request_id as new_request_id
 from .answers import (Asked, BatchAnswer, ErrorAnswer, ImageAnswer, ModelPart, error_part,
                                              frame_part, model_part, patient_answers)
+from .guard import page_policy
 from .pool import Upload, upload_suffix
 from .service import Service
 
@@ -287,7 +288,8 @@ async def page(
 )->Response:
     "A page on which images can be dropped; without one, the documentation"
     found = shared_by(request).page
-    return HTMLResponse(found) if found else RedirectResponse('/docs')
+    if not found: return RedirectResponse('/docs')
+    return HTMLResponse(found, headers={'content-security-policy': page_policy(found)})
 
 # %% ../../nbs/969_serving.app.ipynb #243425ef
 _key = Depends(APIKeyHeader(name='X-API-Key', auto_error=False, description='Where the server was started with keys'))

@@ -42,6 +42,11 @@ class ServiceSettings:
             if getattr(self, name) < least: raise StripError(f'{name}={getattr(self, name)} must be {least} or more.')
         if not self.deadline > 0: raise StripError(f'deadline={self.deadline} must be above 0 seconds.')
 
+    @property
+    def call_threads(self)->int:
+        "Threads of one model call: the calls at once share the cores"
+        return max(1, cpu_count()//self.threads)
+
 # %% ../../nbs/968_serving.service.ipynb #73d488c5
 @dataclass(frozen=True, eq=False)
 class Served:
@@ -52,13 +57,14 @@ class Served:
 
 def load_served(
     folder,         # Of a bundle
+    threads:int=1,  # Of each model call
 )->Served:
-    "Load a bundle, one thread for each call, and let it answer once; a `StripError` if it does not"
+    "Load a bundle and let it answer once; a `StripError` if it does not"
     from strip_notebooks.card import bundle_card
-    bundle = load_bundle(folder, threads=1)
+    bundle = load_bundle(folder, threads=threads)
     if bundle.runtime == 'torch':
         import torch
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
     size = bundle.preprocessing.size
     out = bundle.outputs(np.zeros((1, size, size, 3), np.uint8))
     if not all(np.isfinite(values).all() for values in out.values()):
@@ -84,7 +90,7 @@ class Service:
         settings:ServiceSettings,   # How it works
     ):
         self.settings, self.ready, self.reloading = settings, False, False
-        self.served = load_served(settings.folder)
+        self.served = load_served(settings.folder, settings.call_threads)
         self.places = Places(settings.places)
         decoder = Decoder(settings.decoders, settings.limits.image)
         self.decoding = CallPool(decoder, settings.decoders or settings.threads)
@@ -175,6 +181,7 @@ async def reload(self:Service)->bool: # Whether the model is another one
     "Serve what is in the folder now; a `Refusal` if another reload runs, a `StripError` if it is not usable"
     if self.reloading: raise Refusal('busy', 'The model is being loaded already.', retry=1)
     self.reloading, before = True, self.served.bundle.sha256
-    try: self.served = await asyncio.get_running_loop().run_in_executor(None, load_served, self.settings.folder)
+    work = load_served, self.settings.folder, self.settings.call_threads
+    try: self.served = await asyncio.get_running_loop().run_in_executor(None, *work)
     finally: self.reloading = False
     return self.served.bundle.sha256 != before

@@ -96,11 +96,11 @@ def weights_preprocessing(
 
 # %% ../../nbs/430_training.classifier.ipynb #7176f8ad
 def _checked(cohort):
-    "A labeled cohort with splits, checked without warnings"
+    "A labeled cohort with splits, of which the test set may be missing, checked without warnings"
     import warnings
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', CohortWarning)
-        return check_cohort(cohort, labeled=True, split=True)
+        return check_cohort(cohort, labeled=True, split=['train', 'val'])
 
 # %% ../../nbs/430_training.classifier.ipynb #6fc84b5a
 class ImageClassifier(Task):
