@@ -80,6 +80,7 @@ def run_command(
         (word, name), = earlier
         run = getattr(experiments, f'{word}_experiment')(name, args.runs)
     else: run = experiments.run_experiment(args.step, gather_parameters(args.p, args.f), args.runs)
+    if run is None: return print('The training has ended; its run is on the first machine.')
     print(_summary(run) + f'finished: {run.path}')
 
 # %% ../nbs/990_cli.ipynb #184b0207
@@ -386,7 +387,8 @@ def serve_command(
     from strip_notebooks.serving.page import serving_page
     from strip_notebooks.serving.server import ServerSettings, key_variable, metrics_variable, read_keys, serve
     keys, metrics = read_keys(key_variable, args.key_file), read_keys(metrics_variable, args.metrics_key_file)
-    settings = ServerSettings(args.host, args.port, keys, metrics, serving_page(), args.audit, args.keep_alive)
+    settings = ServerSettings(args.host, args.port, keys, metrics, serving_page(), args.audit,
+                              args.keep_alive)
     serve(_service_settings(args), settings)
 
 # %% ../nbs/990_cli.ipynb #e5e02c45

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['builds_on', 'ExperimentError', 'experiment_paths', 'experiment_path', 'experiment_parameters', 'check_parameters',
            'remove_leftovers', 'how_to_resume', 'find_run', 'with_parent', 'find_crossval', 'check_names', 'begin_run',
-           'run_experiment', 'resume_experiment', 'repeat_experiment', 'list_experiments']
+           'lend_processes', 'run_experiment', 'resume_experiment', 'repeat_experiment', 'list_experiments']
 
 # %% ../nbs/900_experiments.ipynb #6c7eaf96
 import ast, contextlib, errno, io, logging, os, shlex, shutil, signal, sys, tempfile, threading, tokenize
@@ -462,6 +462,21 @@ def begin_run(
         print(f'builds on {parent.name}')
     return run, parent
 
+# %% ../nbs/900_experiments.ipynb #8b5b15d3
+def lend_processes(
+    path,           # The notebook
+    values:dict,    # Its parameters
+)->bool:            # Whether this is such a machine
+    "On another machine than the first of a training, lend its processes to it until it has ended"
+    if values.get('nodes', 1) == 1 or path != experiment_paths().get('train'): return False
+    from strip_notebooks.training.machines import this_machine
+    from strip_notebooks.training.processes import join_together
+    machines = this_machine(values['nodes'])
+    if not machines.node: return False
+    print(f'{machines.name(machines.node)} lends its processes; the run is on the first machine.', flush=True)
+    join_together(machines)
+    return True
+
 # %% ../nbs/900_experiments.ipynb #946c398b
 def run_experiment(
     step,                   # A step such as 'train', or the path of a notebook
@@ -470,10 +485,11 @@ def run_experiment(
     show:bool=True,         # Print the notebook's output as it appears
     threads:int|None=None,  # Threads of one process; None asks the machine
     part_of:str='',         # The search or batch that starts it, and as what
-)->Run:                     # The finished run
+)->Run:                     # The finished run; None on a machine that only helps
     "Execute an experiment into a new run; a `StripError` that says how to resume it if it fails"
     path = experiment_path(step)
     values = check_parameters(path, parameters or {})
+    if lend_processes(path, values): return None
     own = path if path != experiment_paths().get(path.stem) else ''
     if not own:
         values, parent = with_parent(step, values, root)
@@ -494,10 +510,11 @@ def resume_experiment(
     run,            # The folder or the name of a run that failed or was interrupted
     root=None,      # The folder of all runs; None is the workspace's runs/
     show:bool=True, # Print the notebook's output as it appears
-)->Run:             # The finished run
+)->Run:             # The finished run; None on a machine that only helps
     "Resume an unfinished run, in its own folder, with its own parameters and number of threads"
     run = _run_at(run, root)
     path = _notebook_of(run)
+    if lend_processes(path, run.parameters): return None
     run.resume()
     return _execute(path, run, show)
 
@@ -506,11 +523,12 @@ def repeat_experiment(
     run,            # The folder or the name of any run
     root=None,      # The folder of all runs; None is the workspace's runs/
     show:bool=True, # Print the notebook's output as it appears
-)->Run:             # A new, finished run
+)->Run:             # A new, finished run; None on a machine that only helps
     "Execute an experiment again, into a new run with the parameters and the number of threads of an earlier one"
     run = _run_at(run, root)
     path = _notebook_of(run)
     values = check_parameters(path, run.parameters)
+    if lend_processes(path, values): return None
     again = new_run(run.step, values, root or run.path.parent, run.status.notebook and path, run.environment['threads'])
     return _execute(path, again, show)
 

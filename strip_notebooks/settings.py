@@ -130,12 +130,20 @@ class TrainSettings(TrainConfig):
     prepare_run:str = Field('', description='A run of prepare; empty takes the newest')
 
 # %% ../nbs/895_settings.ipynb #9c4fadeb
+def _check_one_machine(settings):
+    "Several machines would have to meet again for each model"
+    if settings.nodes == 1: return settings
+    raise ValueError(f'nodes={settings.nodes}: several models are trained one after another on one machine; give '
+                     'nodes=1, and devices for several processes on it.')
+
 class TrialSettings(TrialConfig, TrainSettings):
     "How a model is trained in a search, and which patients judge it"
+    _one_machine = model_validator(mode='after')(_check_one_machine)
 
 # %% ../nbs/895_settings.ipynb #b98b5f88
 class CrossvalSettings(TrainSettings, CrossvalConfig):
     "Which patients test which models, and how each model is trained"
+    _one_machine = model_validator(mode='after')(_check_one_machine)
     resamples:int = Field(2000, ge=100, le=100_000, description='Bootstrap resamples of patients')
 
 # %% ../nbs/895_settings.ipynb #dac538d7

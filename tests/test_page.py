@@ -24,6 +24,15 @@ def server(bundles, tmp_path_factory):
     "A server of a model with every part, without keys"
     with serving(tmp_path_factory.mktemp('page'), bundles/'onnx', '--workers', 1, '--decoders', 1) as running: yield running
 
+@pytest.fixture(scope='module')
+def strict(tmp_path_factory):
+    "A server that demands a key, takes one image at a time, and has a model that shows no features"
+    with slow_server(tmp_path_factory.mktemp('strict'), '--queue', 1, key=KEY, STRIP_API_KEY=KEY) as running: yield running
+
+# what is put into a form; the bodies of requests with files are not shown to a test
+SPY = '''window.put = []
+FormData.prototype.append = new Proxy(FormData.prototype.append, {apply(f, self, a) { put.push([a[0], a[2] || (a[1].name ?? a[1])]); return Reflect.apply(f, self, a) }})'''
+
 class Visit:
     "A page that is open in the browser, with what it has said and asked"
     def __init__(self, browser, url, width=1280, **more):
@@ -33,6 +42,7 @@ class Visit:
         self.page.on('pageerror', lambda e: self.said.append(str(e)))
         self.page.on('request', lambda r: self.asked.append(r))
         self.page.on('filechooser', lambda _: None)         # watched from now on: a key that is pressed before that opens nothing
+        self.page.add_init_script(SPY)
         self.url = url
         self.page.goto(url)
 
@@ -95,8 +105,8 @@ def test_a_person_without_a_mouse_sees_all_of_an_answer(visit, server, tmp_path)
     assert images.nth(1).get_attribute('src') == 'data:image/png;base64,' + want['overlay']
     assert page.evaluate('[...document.querySelectorAll("article img")].map(i => i.naturalWidth)') == [50, 32]
     assert page.evaluate('[...document.querySelectorAll(".bar")].map(b => b.firstChild.getBoundingClientRect().width / b.getBoundingClientRect().width)') == pytest.approx(list(want['probabilities'].values()), abs=.01)
-    sent = [r for r in visit.asked if r.url.endswith('/predict')]
-    assert len(sent) == 1 and b'Doe' not in (sent[0].post_data_buffer or b'')
+    assert page.evaluate('put') == [['file', 'image.png'], ['uncertainty', 'true'], ['explain', 'true']]
+    assert not any('Doe' in r.url + str(r.headers) for r in visit.asked)
     assert 'clear' in reached(page)
     page.locator('#clear').focus()
     page.keyboard.press('Enter')
@@ -135,6 +145,7 @@ def test_images_of_a_patient(visit, server):
     visit.ready(4, 1)
     text = visit.text(0)
     assert f"{want['class_name']}, confidence {want['confidence']:.3f}" in text and 'From 3 images.' in text and '1 file could not be read.' in text
+    assert visit.page.evaluate('put') == [['files', 'image.png'], ['patient_id', 'patient']]*4
     assert visit.page.locator('article').count() == 5 and 'confidence' in visit.text(3) and 'confidence' not in visit.text(4)
     visit.end()
 
@@ -151,40 +162,51 @@ def test_files_are_dropped(browser, server):
         visit.ready(k)
     visit.end()
 
-def test_the_key_is_asked_for_and_kept_nowhere(bundles, browser, tmp_path):
+def test_the_key_is_asked_for_and_kept_nowhere(browser, strict):
     from playwright.sync_api import expect
-    with serving(tmp_path, bundles/'onnx', '--workers', 1, '--decoders', 1, key=KEY, STRIP_API_KEY=KEY) as server:
-        visit = Visit(browser, server.url, 390)
-        page = visit.page
-        expect(page.locator('#key')).to_be_focused()
-        visit.add(('a.png', png(noise(1, 40)[0])))
-        page.keyboard.type('no-key-of-this-server')
-        page.keyboard.press('Enter')
-        expect(page.locator('#status')).to_have_text('The key is not known here; ask for a new one.')
-        assert reached(page)[:2] == ['key', 'Use this key']
-        page.locator('#key').fill(KEY)
-        page.keyboard.press('Enter')
-        visit.ready(1)
-        expect(page.locator('#key')).to_be_hidden()
-        expect(page.locator('#model-name')).to_have_text('simple_cnn for LAA, CE')
-        assert 'confidence' in visit.text()
-        assert page.evaluate('[localStorage.length, sessionStorage.length, document.cookie]') == [0, 0, '']
-        assert page.locator('#key').input_value() == '' and KEY not in page.content()
-        visit.end(but='status of 401')
+    visit = Visit(browser, strict.url, 390)
+    page = visit.page
+    expect(page.locator('#key')).to_be_focused()
+    visit.add(('a.png', shade(5)))
+    page.keyboard.type('no-key-of-this-server')
+    page.keyboard.press('Enter')
+    expect(page.locator('#key-hint')).to_contain_text('The key is not known here; ask for a new one.')
+    expect(page.locator('#key')).to_be_focused()
+    assert reached(page)[:2] == ['key', 'Use this key']
+    page.locator('#key').focus()
+    page.keyboard.type(KEY)
+    page.keyboard.press('Enter')
+    visit.ready(1)
+    expect(page.locator('#key')).to_be_hidden()
+    expect(page.locator('#model-name')).to_have_text('slow for CE, LAA')
+    assert 'confidence' in visit.text()
+    assert page.evaluate('[localStorage.length, sessionStorage.length, document.cookie]') == [0, 0, '']
+    assert page.locator('#key').input_value() == '' and KEY not in page.content()
+    visit.end(but='status of 401')
 
-def test_what_the_model_cannot_say_costs_no_prediction(browser, tmp_path):
-    "A model that shows no features: both reasons, and the prediction; and a full queue is waited for"
+def test_what_the_model_cannot_say_costs_no_prediction(browser, strict):
+    "A model that shows no features: both reasons, and the prediction; a full queue is waited for; what is removed holds nothing up"
     from playwright.sync_api import expect
-    with slow_server(tmp_path, '--queue', 1) as server, ThreadPoolExecutor(1) as pool:
-        visit = Visit(browser, server.url)
+    with ThreadPoolExecutor(1) as pool:
+        visit = Visit(browser, strict.url)
+        visit.page.fill('#key', KEY)
+        visit.page.keyboard.press('Enter')
         expect(visit.page.locator('#model-name')).to_have_text('slow for CE, LAA')
         for name in ('uncertainty', 'explain'): visit.page.check('#' + name)
-        busy = pool.submit(server.predict, shade(150))
-        server.wait_for(lambda: '150' in server.calls())
-        visit.add(('a.png', shade(1)), ('b.png', shade(2)))
+        visit.add(('a.png', shade(1)))
+        visit.ready(1)
+        busy = pool.submit(strict.predict, shade(240))
+        strict.wait_for(lambda: '240' in strict.calls())
+        visit.add(('b.png', shade(2)))
         visit.page.locator('#status', has_text='Next try in 1 second.').wait_for()
         visit.ready(2)
         assert busy.result().status_code == 200
         for k in range(2): assert all(words in visit.text(k) for words in ('CE, confidence 0.500', 'clot run uncertainty', 'clot run explain', 'The model has no prediction sets.')), visit.text(k)
         assert visit.page.locator('article img').count() == 2
-        visit.end(but='status of 4(22|29)')
+        visit.add(('c.png', shade(250)), ('d.png', shade(251)))
+        strict.wait_for(lambda: '250' in strict.calls())
+        visit.page.click('#clear')
+        visit.add(('e.png', shade(3)))
+        visit.ready(1)
+        assert visit.page.locator('article').count() == 1 and '251' not in strict.calls()
+        visit.end(but='status of 4(01|22|29)')

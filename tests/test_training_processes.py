@@ -1,5 +1,5 @@
-"Two real processes train one model: the bits of a resumed training, kills of a member and of the parent, what is refused, the whole command."
-import os, re, signal, subprocess, sys, tempfile, time
+"Real processes of one machine, and of two, train one model: the bits of a resumed training, kills of a member, of the parent and of a machine, what is refused, the whole command."
+import contextlib, os, re, signal, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import psutil, pytest
@@ -26,6 +26,13 @@ def whole(cohort, tmp_path_factory):
     "The result of a training that nothing disturbed"
     return trained(cohort, tmp_path_factory.mktemp('whole')/'training')
 
+equal = dict(arch='test_vit(dynamic_img_size=True)', dropout=0., mixup=0., optimizer='sgd', lr=.05, loss='weighted_cross_entropy', balance='', epochs=2, batch_size=7)
+
+@pytest.fixture(scope='module')
+def plain(cohort, tmp_path_factory):
+    "The same for a network and settings with which the number of processes makes no difference but rounding"
+    return trained(cohort, tmp_path_factory.mktemp('plain')/'training', **equal)
+
 def hashes(result): return {p.name: file_hash(p) for p in sorted(result.bundle_path.iterdir())}
 
 def members(pid):
@@ -37,7 +44,8 @@ def members(pid):
         if any('run_member' in word for word in words): found[int(environment['LOCAL_RANK'])] = child
     return found
 
-@pytest.mark.parametrize('rank', [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('rank', [0, 1])
 def test_a_killed_member_ends_the_training_with_a_sentence_and_it_resumes_to_the_same_bytes(cohort, whole, tmp_path, rank):
     started = []
     def kill(history):
@@ -51,23 +59,23 @@ def test_a_killed_member_ends_the_training_with_a_sentence_and_it_resumes_to_the
     assert hashes(again) == hashes(whole)
     assert again.history.equals(whole.history) and again.predictions.equals(whole.predictions)
 
-def test_the_scores_are_those_of_all_validation_images(whole):
+def test_the_scores_are_those_of_all_validation_images(plain):
     "The history's scores, from predictions that two processes shared, and those of the bundle's predictions in one process"
     from strip_notebooks.bundle import load_bundle
     from strip_notebooks.predictions import aggregate_patients
     from strip_notebooks.training.classifier import patient_scores
-    spec = load_bundle(whole.bundle_path).spec
-    patients = aggregate_patients(whole.predictions[whole.predictions.split == 'val'])
+    spec = load_bundle(plain.bundle_path).spec
+    patients = aggregate_patients(plain.predictions[plain.predictions.split == 'val'])
     scores = patient_scores(patients, spec['classes'], spec['prior'])
-    best = whole.history.set_index('epoch').loc[spec['trained_on']['epoch']]
+    best = plain.history.set_index('epoch').loc[spec['trained_on']['epoch']]
     assert scores['auc'] == best.auc and scores['weighted_log_loss'] == pytest.approx(best.weighted_log_loss, abs=1e-6)
 
 @pytest.mark.parametrize('devices', [1, 3])
-def test_another_number_of_processes_is_refused(cohort, whole, devices):
-    before = hashes(whole)
+def test_another_number_of_processes_is_refused(cohort, plain, devices):
+    before = hashes(plain)
     with pytest.raises(TrainingError, match=f'was begun with 2 processes and cannot be resumed with {devices}'):
-        trained(cohort, whole.bundle_path.parent, devices=devices)
-    assert hashes(whole) == before
+        trained(cohort, plain.bundle_path.parent, **{**equal, 'devices': devices})
+    assert hashes(plain) == before
 
 def test_a_batch_that_is_too_small_is_refused_before_anything_starts(cohort, tmp_path):
     from strip_notebooks.core import StripError
@@ -83,11 +91,10 @@ def test_more_gpus_than_there_are_is_refused_before_anything_starts(cohort, tmp_
         trained(cohort, tmp_path/'training', devices=4, device='cuda')
     assert not (tmp_path/'training').exists()
 
-def test_two_processes_take_the_steps_of_one(cohort, tmp_path):
+def test_two_processes_take_the_steps_of_one(cohort, plain, tmp_path):
     """Without what depends on the process (batch norm, dropout, mixing), two processes take the steps that one takes, up to rounding:
     also with a weighted loss, whose parts weigh differently, with parts of different size, and with several batches per step."""
-    same = dict(arch='test_vit(dynamic_img_size=True)', dropout=0., mixup=0., optimizer='sgd', lr=.05, loss='weighted_cross_entropy', balance='', epochs=2, batch_size=7)
-    one, two = (trained(cohort, tmp_path/str(n), devices=n, **same).history for n in (1, 2))
+    one, two = trained(cohort, tmp_path/'1', devices=1, **equal).history, plain.history
     for name in ('train_loss', 'weighted_log_loss'): assert two[name].tolist() == pytest.approx(one[name].tolist(), rel=1e-4)
     assert one.train_loss.iloc[0] != pytest.approx(one.train_loss.iloc[1], rel=1e-3)
 
@@ -113,6 +120,7 @@ from test_training_processes import trained
 trained(Path(sys.argv[1]), sys.argv[2], lambda history: print('epoch', flush=True), epochs=50)
 '''
 
+@pytest.mark.slow
 def test_members_end_with_a_killed_script(cohort, tmp_path):
     "A plain script, without a guard around its start; the parent is killed, so it cannot end its members"
     (tmp_path/'script.py').write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
@@ -124,6 +132,101 @@ def test_members_end_with_a_killed_script(cohort, tmp_path):
     process.wait()
     gone, alive = psutil.wait_procs(started, timeout=10)
     assert len(started) == 2 and not alive
+
+# Two machines, both played by this one
+
+HELPER = """from strip_notebooks.training.machines import this_machine
+from strip_notebooks.training.processes import join_together
+join_together(this_machine(2))"""
+
+def first_machine():
+    "The environment of the first machine, with a port that is free"
+    with socket.create_server(('127.0.0.1', 0)) as server: return dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(server.getsockname()[1]), NODE_RANK='0')
+
+@contextlib.contextmanager
+def second_machine(monkeypatch):
+    "In the block, this process is the first machine and the given one the second"
+    for name, value in first_machine().items(): monkeypatch.setenv(name, value)
+    process = subprocess.Popen([sys.executable, '-c', HELPER], env={**os.environ, 'NODE_RANK': '1'}, stderr=subprocess.PIPE, text=True)
+    try: yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+def weights(result): return hashes(result)['weights.safetensors']
+
+def same(one, other): return weights(one) == weights(other) and one.history.equals(other.history) and one.predictions.equals(other.predictions)
+
+def test_two_machines_train_the_model_of_two_processes(cohort, plain, tmp_path, monkeypatch):
+    with second_machine(monkeypatch) as other:
+        result = trained(cohort, tmp_path/'training', devices=1, nodes=2, **equal)
+        assert other.wait(60) == 0
+    assert same(result, plain)
+    assert sorted(p.name for p in (tmp_path/'training'/'checkpoints').iterdir()) == ['epoch-000001.safetensors', 'epoch-000002.safetensors', 'tensorboard']
+    assert same(trained(cohort, tmp_path/'training', devices=2, **equal), plain)        # the same training, elsewhere
+    with pytest.raises(TrainingError, match='was begun with 2 processes and cannot be resumed with 4'): trained(cohort, tmp_path/'training', devices=2, nodes=2, **equal)
+
+@pytest.mark.slow
+def test_two_machines_of_two_processes_train_the_model_of_four(cohort, tmp_path, monkeypatch):
+    whole = trained(cohort, tmp_path/'whole', devices=4)
+    with second_machine(monkeypatch): result = trained(cohort, tmp_path/'training', devices=2, nodes=2)
+    assert same(result, whole)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number, says', [(signal.SIGKILL, 'has ended or cannot be reached any more'), (signal.SIGSTOP, 'has been silent for 30 s')])
+def test_a_lost_machine_ends_the_training_with_a_sentence_and_it_resumes_to_the_same_weights(cohort, whole, tmp_path, monkeypatch, number, says):
+    lost, started = [], []
+    def lose(history):
+        if lost: return
+        started.extend(members(os.getpid()).values())
+        other.send_signal(number)
+        lost.append(time.monotonic())
+    with second_machine(monkeypatch) as other:
+        with pytest.raises(TrainingError, match=rf'^Machine 2 of 2 \(NODE_RANK=1\) {says}; the training was stopped. The last checkpoint is intact'):
+            trained(cohort, tmp_path/'training', lose, devices=1, nodes=2, epochs=3 if number == signal.SIGKILL else 500)
+        assert time.monotonic() - lost[0] < 60
+    assert started and not any(child.is_running() for child in started)
+    if number == signal.SIGSTOP: return
+    with second_machine(monkeypatch): assert same(trained(cohort, tmp_path/'training', devices=1, nodes=2), whole)
+
+@pytest.mark.slow
+def test_the_first_machine_is_killed(cohort, tmp_path, monkeypatch):
+    (tmp_path/'script.py').write_text(SCRIPT.format(tests=str(Path(__file__).parent)).replace('epochs=50', 'epochs=50, devices=1, nodes=2'))
+    with second_machine(monkeypatch) as other:
+        first = subprocess.Popen([sys.executable, tmp_path/'script.py', cohort, tmp_path/'training'], stdout=subprocess.PIPE, text=True)
+        while first.stdout.readline() != 'epoch\n': pass
+        started = list(members(other.pid).values())
+        first.kill()
+        said = other.communicate(timeout=60)[1]
+        first.communicate()
+    assert len(started) == 1 and not any(child.is_running() for child in started)
+    assert 'TrainingError: Machine 1 of 2 (NODE_RANK=0) has ended or cannot be reached any more; the training was stopped.' in said
+
+@pytest.mark.slow
+def test_the_command_on_two_machines(tmp_path):
+    "The same command on both: one run, on the first; without an address nothing starts; a killed second machine ends the first, and both resume"
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    def clot(*words, **more): return subprocess.Popen([CLOT, 'run', *words], cwd=tmp_path, env={**environment, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    prepared = clot('prepare', '-p', 'patients=48', '-p', 'size=32', '-p', 'source_size=64')
+    assert prepared.communicate(timeout=300)[0] and prepared.returncode == 0
+    train = ['train', '-p', 'nodes=2', '-p', 'epochs=30', '-p', 'batch_size=8', '-p', 'device=cpu']
+    alone = clot(*train)
+    assert 'nodes=2 needs the address of the first machine: set MASTER_ADDR' in alone.communicate(timeout=60)[1] and alone.returncode == 2
+    where = first_machine()
+    first, second = (clot(*train, **{**where, 'NODE_RANK': rank}) for rank in '01')
+    for line in first.stdout:
+        if 'epoch 1 of' in line: break
+    second.kill()
+    said = first.communicate(timeout=60)[1]
+    second.communicate()
+    assert first.returncode == 2 and 'TrainingError: Machine 2 of 2 (NODE_RANK=1) has ended' in said and len(said.strip().splitlines()) == 1
+    name = re.search(r'`clot run --resume (\S+)`', said)[1]
+    first, second = (clot('--resume', name, **{**where, 'NODE_RANK': rank}) for rank in '01')
+    said = [process.communicate(timeout=300) for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), said
+    assert 'epoch 1 of' not in said[0][0] and 'epoch 30 of 30' in said[0][0]
+    assert 'Machine 2 of 2 (NODE_RANK=1) lends its processes' in said[1][0] and 'The training has ended; its run is on the first machine.' in said[1][0]
+    assert len(list((tmp_path/'runs').glob('*-train-*'))) == 1
 
 @pytest.mark.slow
 def test_the_command(tmp_path):

@@ -70,7 +70,7 @@ async function new_key(shown, refused, signal) { // returns when there is anothe
   at('key-form').hidden = false
   at('key-hint').textContent = `${shown ? refused.message : 'The server asks for a key.'} This page keeps it in memory only, until the page is closed.`
   say(shown ? refused.message : 'The server asks for a key.')
-  if (document.activeElement === document.body) at('key').focus()
+  if (shown || document.activeElement === document.body) at('key').focus()
   await new Promise(resolve => {
     const before = key_given
     key_given = () => { if (before) before(); resolve() }
@@ -92,10 +92,11 @@ at('key-form').addEventListener('submit', event => {
 // --- the model
 
 async function show_model() {
-  try { model = await ask('/model', {}, new AbortController().signal) }
+  try { model = await ask('model', {}, new AbortController().signal) }
   catch (refused) { at('model-name').textContent = refused.message; return }
   const {model: about, served} = model
-  reasons.clear()
+  if (served.sha256 !== reasons.of) reasons.clear()
+  reasons.of = served.sha256
   at('model-name').textContent = `${served.arch} for ${about.classes.join(', ')}`
   const facts = {version: served.version, 'SHA-256': served.sha256, runtime: served.runtime}
   if (about.classes.length === 2) facts.threshold = `${about.positive} if its probability is ${about.threshold.toFixed(3)} or more`
@@ -155,6 +156,7 @@ function refused_part(error) {
 function picture(source, text, caption) {
   const figure = make('figure'), image = make('img')
   image.alt = text
+  image.decoding = 'async'
   image.src = source
   figure.append(image, make('figcaption', caption))
   return figure
@@ -210,12 +212,14 @@ async function readable(card) {                 // a folder, or a file that has 
 }
 async function answer_of(group) {               // the answer, and why it lacks what was asked
   let asked = group.asked.filter(name => !reasons.has(name))
-  const path = group.together ? '/batch_predict' : '/predict'
+  const path = group.together ? 'batch_predict' : 'predict'
   for (;;) {
     try { return [await ask(path, {method: 'POST', body: form_of(group, asked)}, group.signal), group.asked.filter(n => reasons.has(n)).map(n => reasons.get(n))] }
     catch (refused) {
+      if (refused.status !== 422 || refused.code !== 'unsupported' || !asked.length) throw refused
+      await show_model()                        // another one may be served since the page was opened
       const lacking = model && asked.find(name => !model.served[name])
-      if (refused.status !== 422 || refused.code !== 'unsupported' || !lacking) throw refused
+      if (!lacking) throw refused
       reasons.set(lacking, refused.message)
       asked = asked.filter(name => name !== lacking)
     }

@@ -21,8 +21,8 @@ from .compare import Point, change_figure, model_change
 from .latency import measured_speeds
 from .machine import this_machine
 from .refit import write_optimized
-from .variants import Shared, Workshop, check_variants, recipes
-from .verdict import Decision, Gain, Verdict, judged, recommended_one
+from .variants import Shared, Workshop, check_variants, recipes, rivals
+from .verdict import Decision, Gain, Verdict, against_rival, judged, recommended_one
 from ..parts import Part
 from ..processes import progress
 from ..statistics import Estimate
@@ -62,9 +62,11 @@ def network_bytes(
 
 def _gains(kept, speeds):
     "Name -> `Gain` of the variants that run"
-    whole = network_bytes(kept['original'].bundle)
-    return {name: Gain(network_bytes(m.bundle)/whole, *speeds.loc[name, ['ratio_single', 'ratio_batch']])
-            for name, m in kept.items()}
+    original = kept['original'].bundle
+    def gain(name, b):
+        ratios = speeds.loc[name, ['ratio_single', 'ratio_batch']] if b.runtime != original.runtime else (1., 1.)
+        return Gain(network_bytes(b)/network_bytes(original), *ratios)
+    return {name: gain(name, m.bundle) for name, m in kept.items()}
 
 def _changes(kept, settings):
     "Name -> `Change` of the variants that run, on the test set"
@@ -128,7 +130,9 @@ def optimized_variants(
 def _verdict(made, gains, changes):
     "The verdict on a variant"
     if made.bundle is None: return Verdict(Decision.failed, made.notes[0].rstrip('.'))
-    return judged(gains[made.name], changes[made.name], made.trained)
+    gain, rival = gains[made.name], rivals.get(made.name)
+    verdict = judged(gain, changes[made.name], made.trained)
+    return against_rival(verdict, gain, gains[rival], rival) if rival in gains else verdict
 
 def _judged(made, speeds, changes, folder, machine):
     "The variants with their verdicts; the folders of those that are refused are removed"
@@ -176,21 +180,37 @@ def optimize_sentences(
     lines = [_first_sentence(o), _patient_sentence(o), others, f'Measured on {o.machine}.', *refused, *notes]
     return [line for line in lines if line]
 
+# %% ../../nbs/870_optimize.study.ipynb #d3efc4fb
+def _name_heights(rows):
+    "The heights of the names, in images per second; they are stacked where points are close"
+    x, y = (np.log10(rows[name].to_numpy(float)) for name in ('megabytes', 'per_second'))
+    heights, order = y.copy(), np.argsort(-y)
+    least = .06*max(np.ptp(y) if len(y) else 0, .5)
+    for k, i in enumerate(order):
+        above = [heights[j] for j in order[:k] if abs(x[j] - x[i]) < .3]
+        heights[i] = min([y[i], *(h - least for h in above)])
+    return 10**heights
+
 # %% ../../nbs/870_optimize.study.ipynb #85779095
 def optimize_figure(
     table:pd.DataFrame,     # Of `Optimized`
 ):                          # Matplotlib figure
     "Size and throughput of each variant, on logarithmic axes"
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
     rows = table.dropna(subset='megabytes') if 'megabytes' in table else table[:0]
     fig, ax = plt.subplots(figsize=(5, 3.4), layout='constrained')
-    for r in rows.itertuples():
-        taken = r.decision == 'take'
-        color = '#000000' if r.variant == 'original' else '#0072B2' if taken else '#999999'
-        ax.plot(r.megabytes, r.per_second, 'o', color=color, mfc=color if taken or not r.decision else 'none', ms=6)
-        ax.annotate(f' {r.variant}', (r.megabytes, r.per_second), fontsize=8, va='center', color=color)
+    for r, height in zip(rows.itertuples(), _name_heights(rows)):
+        kind = 'original' if r.variant == 'original' else r.decision
+        color = dict(original='#000000', take='#0072B2').get(kind, '#999999')
+        ax.plot(r.megabytes, r.per_second, 'o', color=color, mfc='none' if color == '#999999' else color, ms=6)
+        ax.annotate(f'  {r.variant}', (r.megabytes, height), fontsize=8, va='center', color=color)
     ax.set(xscale='log', yscale='log', xlabel='size of the network, MB', ylabel='images per second, batch of 32')
-    ax.margins(x=.25, y=.15)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter('{x:g}')
+        axis.set_minor_locator(NullLocator())
+    ax.margins(x=.3, y=.15)
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 

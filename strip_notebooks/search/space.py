@@ -162,7 +162,7 @@ not_searched = dict(
         ['data', 'columns', 'preset', 'patients', 'red_cell_shift', 'source_size', 'val_ratio', 'test_ratio',
          'train_centers', 'test_centers', 'positive'], _patients)),
     train=dict(seed=_luck, positive='changes the question', prepare_run=_patients,
-               **dict.fromkeys(['device', 'devices', 'workers'], _speed)))
+               **dict.fromkeys(['device', 'devices', 'nodes', 'workers'], _speed)))
 
 def parameter_field(
     name:str,       # Such as 'train.lr'
@@ -189,6 +189,9 @@ def fixed_values(
             raise StripError('train.prepare_run: write it as prepare_run, at the left margin.')
         found[step][short] = _value(name, value, parameter_type(field.annotation))
     for step, values in found.items(): settings[step](**values)
+    if found.get('train', {}).get('nodes', 1) > 1:
+        raise StripError('train.nodes: a trial is trained on one machine; give train.devices for several processes on '
+                         'it, and --engine for trials on several machines.')
     return found
 
 def _check_ends(dimension, step, short, fixed, settings):

@@ -8,7 +8,8 @@ __all__ = ['cohort_classes', 'drawn_counts', 'patient_scores', 'weights_of', 'we
            'TrainResult', 'train_folders', 'train_member', 'train_together', 'train']
 
 # %% ../../nbs/430_training.classifier.ipynb #9c231ea4
-import copy, time
+import copy, json, time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from torch import nn
 
 from ..bundle import (BundleError, check_cache, class_probabilities, load_bundle, make_bundle,
                                     predict_cohort, save_bundle, torch_parts)
-from ..core import file_hash, listing
+from ..core import file_hash, listing, read_json, write_text
 from ..processes import progress_style
 from ..runs import bundle_name, checkpoints_name
 from ..data.augment import mix_batch, policy
@@ -38,6 +39,7 @@ from ..predictions import aggregate_patients, chosen_positive, make_predictions,
 from ..statistics import auc, weighted_log_loss
 from .config import TrainConfig, TrainerConfig, make_config
 from .losses import TrainingError, loss_weight, make_loss, taught_prior
+from .machines import this_machine
 from .processes import Place, check_devices, run_together, tell
 from .trainer import Task, Trainer, best_epoch, deterministic, pick_device, pick_precision
 
@@ -207,7 +209,7 @@ def begin_epoch(self:ImageClassifier,
 @patch
 def fingerprint(self:ImageClassifier)->list:
     "Settings, preprocessing and images; a file with weights counts by its content"
-    others = {*TrainerConfig.model_fields, 'devices'}   # which the trainer's own fingerprint covers
+    others = {*TrainerConfig.model_fields, 'devices', 'nodes'}  # which the trainer's own fingerprint covers
     settings = {k: v for k,v in self.config.model_dump().items() if k not in others}
     if Path(self.config.pretrained).is_file(): settings['pretrained'] = file_hash(self.config.pretrained)
     columns = [self.cohort[c].astype(str).tolist() for c in ('image_id', 'patient_id', 'label', 'split')]
@@ -477,18 +479,27 @@ def train_folders(
 # %% ../../nbs/430_training.classifier.ipynb #84989efe
 def train_member(
     place:Place,        # Of this process
-    cohort:dict,        # Column -> values
-    cache:str,          # Folder of the cache
-    preprocessing:dict, # From `Preprocessing.to_dict`
-    config:dict,        # Settings
-    folder:str,         # Of the checkpoints
+    job:str,            # File that says what is trained, beside the checkpoints
 )->None:
     "Train in one of several processes"
-    settings = make_config(**config)
-    task = ImageClassifier(pd.DataFrame(cohort), Cache(cache), Preprocessing.from_dict(preprocessing), settings)
-    with deterministic(): trainer = Trainer(task, settings, folder, place)
+    given = read_json(job)
+    settings, preprocessing = make_config(**given['config']), Preprocessing.from_dict(given['preprocessing'])
+    task = ImageClassifier(pd.DataFrame(given['cohort']), Cache(given['cache']), preprocessing, settings)
+    with deterministic(): trainer = Trainer(task, settings, Path(job).parent, place)
     def report(history): tell(row=trainer.history[-1], seconds=trainer.seconds)
     trainer.fit([] if place.rank else [report])
+
+# %% ../../nbs/430_training.classifier.ipynb #1aafb0c2
+@contextmanager
+def _job_file(trainer):
+    "In the block: a file beside the checkpoints, which all machines see, with what is trained"
+    task, path = trainer.task, trainer.folder.resolve()/'job.json'
+    config = TrainConfig.pick(task.config.model_dump()).model_dump()
+    cohort = task.cohort[[*columns_needed, 'split']].astype(str).to_dict('list')
+    write_text(path, json.dumps(dict(cohort=cohort, cache=str(Path(task.cache.folder).resolve()), config=config,
+                                     preprocessing=task.preprocessing.to_dict())))
+    try: yield str(path)
+    finally: path.unlink(missing_ok=True)
 
 # %% ../../nbs/430_training.classifier.ipynb #b7f9f52a
 def train_together(
@@ -498,17 +509,24 @@ def train_together(
     "Train in several processes until the last checkpoint is written"
     trainer.resume()
     if trainer.done: return
-    task,rows = trainer.task,list(trainer.history)
+    config,rows = trainer.task.config,list(trainer.history)
     trainer.train_loader.set_share(0, trainer.processes)        # an error here if the batches are too small
     def report(message):
         rows.append(message['row'])
         table = pd.DataFrame(rows)
         table.attrs['seconds'] = message['seconds']
         for function in on_epoch: function(table)
-    job = dict(cohort=task.cohort[[*columns_needed, 'split']].astype(str).to_dict('list'),
-               cache=str(Path(task.cache.folder).resolve()), preprocessing=task.preprocessing.to_dict(),
-               config=TrainConfig.pick(task.config.model_dump()).model_dump(), folder=str(trainer.folder.resolve()))
-    run_together('strip_notebooks.training.classifier:train_member', job, trainer.device, task.config.devices, report)
+    with _job_file(trainer) as job:
+        run_together('strip_notebooks.training.classifier:train_member', dict(job=job), trainer.device, config.devices,
+                     report, this_machine(config.nodes))
+
+# %% ../../nbs/430_training.classifier.ipynb #1985b1c6
+def _check_first(nodes):
+    "A `TrainingError` on another machine than the first of several"
+    machines = this_machine(nodes)
+    if not machines.node: return
+    raise TrainingError(f'{machines.name(machines.node)} only helps: call `join_together(this_machine({nodes}))` here, '
+                        'and `train` on the first machine.')
 
 # %% ../../nbs/430_training.classifier.ipynb #de14a869
 def train(
@@ -521,6 +539,7 @@ def train(
 )->TrainResult:
     "Train a model; a `TrainingError` if it cannot start or resume, or if the loss is no longer a number"
     check_devices(pick_device(config.device), config.devices)
+    _check_first(config.nodes)
     folders = train_folders(where)
     board = Board(Path(folders.checkpoints)/'tensorboard')
     with deterministic():

@@ -171,9 +171,9 @@ class FineTuneConfig(ThresholdConfig):
 # %% ../../nbs/405_training.config.ipynb #268bced0
 def _check_together(settings):
     "Several processes train the same weights from the first epoch to the last"
-    if settings.devices == 1: return settings
-    if settings.unfreeze_every: raise ValueError('unfreeze_every needs devices=1.')
-    if settings.features == 'frozen': raise ValueError("features='frozen' needs devices=1.")
+    if settings.devices*settings.nodes == 1: return settings
+    if settings.unfreeze_every: raise ValueError('unfreeze_every needs devices=1 and nodes=1.')
+    if settings.features == 'frozen': raise ValueError("features='frozen' needs devices=1 and nodes=1.")
     return settings
 
 # %% ../../nbs/405_training.config.ipynb #139c21ba
@@ -194,6 +194,9 @@ class TrainConfig(FineTuneConfig):
         'weighted_log_loss', description='Chooses the epoch, per patient: weighted_log_loss or auc')
     devices:int = Field(
         1, ge=1, le=1024, description='Processes on this machine that share each batch, one per GPU; also on a CPU')
+    nodes:int = Field(
+        1, ge=1, le=1024,
+        description='Machines that train together, each with so many devices; they meet by MASTER_ADDR, NODE_RANK')
     _together = model_validator(mode='after')(_check_together)
     _start = model_validator(mode='before')(classmethod(_fine_tuning))
     _frozen = model_validator(mode='after')(_check_frozen)

@@ -19,6 +19,7 @@ from ..data.preprocess import fit_normalization
 from ..runs import bundle_name
 from ..splits import fold_split
 from .classifier import TrainConfig, train
+from .losses import TrainingError
 
 # %% ../../nbs/440_training.crossval.ipynb #4d4e5e17
 def fold_folder(
@@ -77,7 +78,10 @@ def check_folds(
     folds:pd.DataFrame,     # From `fold_patients` or `leave_one_center_out`
     config:TrainConfig,     # Settings of every fold's training
 )->None:
-    "Raise a `SplitError` for the first fold that cannot be trained"
+    "Raise a `SplitError` for the first fold that cannot be trained, a `TrainingError` for several machines"
+    if config.nodes > 1:
+        raise TrainingError(f'nodes={config.nodes}: a cross-validation trains its models one after another on one '
+                            'machine; give nodes=1, and devices for several processes on it.')
     for _ in fold_splits(cohort, folds, config): pass
 
 # %% ../../nbs/440_training.crossval.ipynb #519a8bc3

@@ -178,8 +178,8 @@ def best_net(self:Trainer)->nn.Module:
 
 @patch(as_prop=True)
 def processes(self:Trainer)->int: # 1 or more
-    "How many processes train together, by the settings"
-    return getattr(self.config, 'devices', 1)
+    "How many processes train together on all machines, by the settings"
+    return getattr(self.config, 'devices', 1)*getattr(self.config, 'nodes', 1)
 
 # %% ../../nbs/420_training.trainer.ipynb #cef81e94
 @patch
@@ -471,8 +471,8 @@ def _check_processes(self:Trainer, begun:int):
     "A `TrainingError` if a training was begun with another number of processes"
     if begun == self.processes: return
     raise TrainingError(f'The training in {self.folder.name} was begun with {plural(begun, "process")} and cannot '
-                        f'be resumed with {self.processes}, which would change its result; give devices as before, '
-                        'or choose another folder.')
+                        f'be resumed with {self.processes}, which would change its result; give devices and nodes '
+                        'as before, or choose another folder.')
 
 @patch
 def _check_start(self:Trainer):
