@@ -490,6 +490,11 @@ def _add_predict(command):
     _option(command, 'columns', 'OURS=THEIRS,...', 'for a CSV with other column names, such as patient_id=subject')
     _option(command, 'device', 'NAME', 'where to compute: cpu, cuda or mps; default cpu', default='cpu')
 
+# %% ../nbs/990_cli.ipynb #7921a521
+_about_limits = ('what clients may send, such as body_bytes=134217728; can be given many times. The names: body_bytes, '
+                 'files, pixels, frames, nesting, head_seconds, body_seconds, body_rate, in_flight, connections, rate, '
+                 'burst')
+
 # %% ../nbs/990_cli.ipynb #9a872d2f
 def _add_serve(command):
     "The options of `clot serve`"
@@ -497,12 +502,12 @@ def _add_serve(command):
                          help='a run, by its name or folder, or the folder of a bundle')
     _option(command, 'host', 'ADDRESS', 'where to listen; default 127.0.0.1, and elsewhere only with a key',
             default='127.0.0.1')
-    _option(command, 'port', 'N', 'default 5000', type=int, default=5000)
+    _option(command, 'port', 'N', 'default 5000; 0 takes any that is free', type=int, default=5000)
     _option(command, 'workers', 'N', 'model calls at once; default one per core', type=int, default=0)
     _option(command, 'batch', 'N', 'images of one model call, at most; default 1', type=int, default=1)
     _option(command, 'decoders', 'N', 'processes that decode uploads; default one per core; 0 decodes in the server '
             'itself, which a hostile file may end', type=int)
-    _option(command, 'queue', 'N', 'images in the server at once; default 64', type=int, default=64)
+    _option(command, 'queue', 'N', 'images in the server at once; others get 429; default 64', type=int, default=64)
     _option(command, 'deadline', 'SECONDS', 'from the upload to the answer; default 30', type=float, default=30.)
     _option(command, 'keep-alive', 'SECONDS', 'how long an idle connection is kept; default 5; behind a load balancer '
             'take more than it keeps its own, such as 75 for 60', type=float, default=5.)
@@ -510,7 +515,7 @@ def _add_serve(command):
     _option(command, 'metrics-key-file', 'FILE', 'keys for /metrics; without it they are in STRIP_METRICS_KEY')
     _option(command, 'audit', 'FILE', 'append one line per answer: request, model, HMAC of the image', default='')
     command.add_argument('--limit', metavar='NAME=NUMBER', action='append', default=[],
-                         help='change a limit, such as body_bytes=134217728; can be given many times')
+                         help=_about_limits)
 
 # %% ../nbs/990_cli.ipynb #1604a3ec
 def _add_evaluate(command):

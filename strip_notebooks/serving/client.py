@@ -405,7 +405,7 @@ class _Finished(dict):
 @patch
 def predict_folder(self:StripClient,
     folder,                 # A folder, a file, or a CSV as `clot predict` takes it
-    out=None,               # A CSV to write, which must not be there; the other tables are beside it. See above
+    out=None,               # A CSV to write, not there yet; the same call again continues what was interrupted
     patient:str='auto',     # What a patient is in a folder: auto, folder or file, as with `clot predict`
 )->FolderPredictions:
     "The predictions for all images of a folder, per image and per patient; a `ClientError` if none can be read"
