@@ -90,6 +90,13 @@ class OptimizeSettings(Settings):
     resamples:int = Field(2000, ge=100, le=100_000, description='Bootstrap resamples of patients')
     seed:int = Field(0, ge=0, lt=2**32, description='Seed of every generator')
 
+    @field_validator('variants')
+    @classmethod
+    def _known(cls, values):
+        from strip_notebooks.optimize.variants import check_variants
+        if values: check_variants(values)
+        return values
+
 # %% ../nbs/893_study_settings.ipynb #57384f14
 class BiasSettings(StudySettings):
     "Which groups are compared"
