@@ -147,7 +147,7 @@ def quantize_onnx(
         before, after = Path(folder)/'float.onnx', Path(folder)/'int8.onnx'
         before.write_bytes(data)
         try: quantize_static(before, after, image_reader(pixels), quant_format=QuantFormat.QDQ, **kinds,
-                             op_types_to_quantize=list(_kinds), nodes_to_exclude=exclude,
+                             op_types_to_quantize=[*_kinds, 'Relu'], nodes_to_exclude=exclude,
                              calibrate_method=getattr(CalibrationMethod, method), extra_options=options)
         except Exception as e: raise QuantizationError(f'The network cannot be quantized: {_why(e)}.') from None
         return after.read_bytes()
