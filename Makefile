@@ -1,5 +1,6 @@
 # make demo   install everything into .venv and run the main job, without the studies, on the embedded cohort
-# make test   install everything and run every test
+# make test   install everything and run every test but the slow ones
+# make test-slow  install everything and run the slow tests: loads, kills, whole studies and simulations
 # make docs   build the documentation site into _docs
 # make example  run the demo and take its report, and a picture of it (needs chromium), into nbs/
 # make lock   write the newest versions within the bounds of settings.ini to constraints.txt, and then lock-serving (needs uv)
@@ -12,7 +13,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 UV     := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test docs example lock lock-serving clean install
+.PHONY: demo test test-slow docs example lock lock-serving clean install
 install: $(READY)
 
 # The stamp is written last, so an interrupted install is repeated, and a complete one is not.
@@ -37,6 +38,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest
+
+test-slow: $(READY)
+	$(PY) -m pytest -m slow
 
 docs: $(READY)
 	$(PY) tools/build_site.py
