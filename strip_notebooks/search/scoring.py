@@ -43,8 +43,8 @@ def _folds_of(rest, cohort, plan):
 
 def trial_splits(
     cohort:pd.DataFrame,    # One row per image, with a `split` column
-    plan:TrialConfig,       # Who judges
-)->tuple:                   # The cohort once per model, each with its `split`; and the split that judges
+    plan:TrialConfig,       # Which patients judge
+)->tuple:                   # The cohort once per model, each with its `split`; and the name of the split that judges
     "What each model of a trial is trained on; a `SplitError` if there are too few patients for it"
     rest = without_test(cohort)
     plain = rest.drop(columns='split')
@@ -72,7 +72,7 @@ class _Behind(Exception):
     "A trial has fallen behind; its history so far is the argument"
 
 def _watch(plan):
-    "A function of the history that ends a training which has fallen behind"
+    "A function of the history that raises `_Behind` when the trial has fallen behind"
     column, direction = search_metrics[plan.metric]
     def look(history):
         if stopped_after(history[column], plan.limits, direction): raise _Behind(history)
@@ -88,7 +88,7 @@ def _equal_priors(predictions, spec):
     return patients
 
 def _judged(result, judge):
-    "What the judging patients of one model say: its scores, and their predictions at equal priors"
+    "The scores of one model on its judges, and their predictions at equal priors"
     spec = bundle_contents(result.bundle_path)[0]['spec']
     rows = result.predictions[result.predictions.split == judge]
     patients = _equal_priors(rows, spec).assign(split='val')
@@ -153,7 +153,7 @@ def run_trial(
 def remove_checkpoints(
     run,        # The run of a trial
 )->int:         # How many were removed
-    "Remove the states that an unfinished training resumes from; bundles stay"
+    "Remove the checkpoints of a trial; bundles stay"
     inside = [fold/run.checkpoints.name for fold in run.checkpoints.glob('repeat*')]
     found = [p for folder in (run.checkpoints, *inside) for p in checkpoints(folder)]
     for path in found: path.unlink(missing_ok=True)
