@@ -47,7 +47,7 @@ def search_figure(
 def importances(
     study,              # From `open_study`
     least:int=10,       # Finished trials that are needed
-)->pd.Series:           # Parameter -> share of the explained variance, sum 1, largest first; empty if there are too few trials
+)->pd.Series:           # Parameter -> share of the explained variance, largest first; empty with too few trials
     "How much each parameter explains of the scores"
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
     finished = [t for t in study.trials if t.state.name == 'COMPLETE']

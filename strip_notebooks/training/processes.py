@@ -147,7 +147,7 @@ def _member_environment(place, threads):
     return {**os.environ, **counts, **ranks, 'STRIP_PROGRESS': 'none', 'PYTHONUNBUFFERED': '1'}
 
 def _network_environment(where):
-    "The environment variables that say over which interface members talk; with several machines, a variable that is already set is kept"
+    "The variable that names the network interface of members; with several machines, one that is set is kept"
     alone = '/' in where
     name = interface_to() if alone else interface_to(where.rpartition(':')[0])
     return dict(GLOO_SOCKET_IFNAME=name) if name and (alone or 'GLOO_SOCKET_IFNAME' not in os.environ) else {}
