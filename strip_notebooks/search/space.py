@@ -14,9 +14,10 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..core import StripError, listing, nearest, read_yaml
-from ..training.config import Settings, SettingsError, TrainConfig, parameter_type
+from ..training.config import Settings, SettingsError, parameter_type
 
 # %% ../../nbs/450_search.space.ipynb #d776fc29
+# What a search may compare -> its column in the history of a training, and which way is better
 search_metrics = dict(validation_auc=('auc', 'maximize'),
                       validation_weighted_log_loss=('weighted_log_loss', 'minimize'))
 
@@ -31,8 +32,8 @@ def check_metric(
     raise ValueError(f'There is no metric {metric!r}{nearest(metric, search_metrics)}')
 
 # %% ../../nbs/450_search.space.ipynb #b8b7b179
-def _check_nested(plan):
-    "`plan`, or a `ValueError` for a single outer fold or nothing to search"
+def _check_plan(plan):
+    "`plan`; a `ValueError` for one outer fold, nothing to search, or a parameter both searched and fixed"
     if plan.nested == 1: raise ValueError('nested=1: one outer fold leaves no patients; give 2 or more, or 0 for none.')
     if not plan.search: raise ValueError('search is empty; name the parameters that vary, each with its values.')
     both = sorted(set(plan.search) & set(plan.fixed))
@@ -54,14 +55,14 @@ class SearchPlan(Settings):
     fixed:dict = Field({}, description='Parameters that all trials share, such as train.epochs: 5')
     search:dict = Field({}, description='Parameters that vary, each with a list of choices or a range')
     _metric = field_validator('metric')(check_metric)
-    _nested = model_validator(mode='after')(_check_nested)
+    _plan = model_validator(mode='after')(_check_plan)
 
     better = property(lambda self: search_metrics[self.metric][0], doc='The column of the history with the metric')
     direction = property(lambda self: search_metrics[self.metric][1], doc="'maximize' or 'minimize'")
 
 # %% ../../nbs/450_search.space.ipynb #47411ad7
 class TrialConfig(Settings):
-    "Who judges a trial, and when it is stopped"
+    "Which patients score a trial, and when it is stopped"
     metric:str = Field('validation_weighted_log_loss',
                        description='What is compared: validation_auc or validation_weighted_log_loss')
     folds:int = Field(1, ge=1, le=20, description='1 scores on the validation set; more average over folds')
@@ -86,11 +87,11 @@ class Dimension:
     step:float|None = None  # Between the values of a range; None for every value
 
     def ends(self)->list: # The choices, or the lowest and the highest value
-        "The values that show whether all are possible"
+        "The values to check: if these are valid, all are"
         return list(self.choices) or [self.low, self.high]
 
     def distribution(self):
-        "The values as Optuna has them"
+        "The same values as an Optuna distribution"
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
         if self.choices: return CategoricalDistribution(self.choices)
         if self.kind == 'int': return IntDistribution(self.low, self.high, self.log, self.step or 1)

@@ -25,7 +25,7 @@ class Machines:
     address:str=''      # Of the first, such as '10.0.0.5'
     port:int=29500      # Of the first
     arrival:float=600.  # Seconds in which all must have come
-    silence:float=30.   # Seconds without a sign of life after which a machine counts as lost
+    silence:float=30.   # Seconds without a heartbeat after which a machine counts as lost
 
     def name(self,
         node:int,       # Number of a machine, from 0
@@ -60,7 +60,7 @@ class Link:
     def __init__(self,
         line:socket.socket, # Connected
         lines:Queue,        # Takes (link, text) for each message, and (link, None) when the other is lost
-        silence:float=30.,  # Seconds without a sign of life after which the other counts as lost
+        silence:float=30.,  # Seconds without a heartbeat after which the other counts as lost
     ):
         self.line, self.lines, self.silence = line, lines, silence
         self.reader = line.makefile(encoding='utf-8', errors='replace')
@@ -70,7 +70,7 @@ class Link:
         self.lock = threading.Lock()
 
     def send(self,
-        **message,  # As JSON can hold it; empty is a sign of life
+        **message,  # As JSON can hold it; empty is a heartbeat
     )->None:
         "Send a message; a lost line is noticed by the one who listens"
         with self.lock, suppress(OSError): self.line.sendall(json.dumps(message).encode() + b'\n')
@@ -94,14 +94,14 @@ def listen(self:Link)->None:
 
 @patch
 def pulse(self:Link)->None:
-    "Send a sign of life each second, until this side has said all"
+    "Send a heartbeat each second, until this side has said all"
     while not self.over.wait(1): self.send()
 
 @patch
 def start(self:Link,
     name:str,   # Of the other machine, for sentences
 )->None:
-    "Begin to listen, and to send signs of life"
+    "Begin to listen, and to send heartbeats"
     self.name = name
     self.line.settimeout(self.silence)
     for task in (self.listen, self.pulse): threading.Thread(target=task, daemon=True).start()
