@@ -70,7 +70,7 @@ class Refitted:
     reasons:list        # Sentences about what could not be fitted
 
 def _sets(parent, predictions, changes, reasons):
-    "Prediction sets with the promise of the parent"
+    "Prediction sets with the coverage of the parent"
     about, how = parent.spec['conformal'], parent.how
     if about is None: return
     try: changes['conformal'] = fit_conformal(predictions, parent.classes, how, about['level'], about['by_class'])

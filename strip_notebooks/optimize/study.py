@@ -105,6 +105,24 @@ class Optimized:
     recommended:str     # A name; empty if none is
     machine:object      # `Machine`
 
+# %% ../../nbs/870_optimize.study.ipynb #c22f7f85
+def _verdict(made, gains, changes):
+    "The verdict on a variant"
+    if made.bundle is None: return Verdict(Decision.failed, made.notes[0].rstrip('.'))
+    gain, rival = gains[made.name], rivals.get(made.name)
+    verdict = judged(gain, changes[made.name], made.trained)
+    return against_rival(verdict, gain, gains[rival], rival) if rival in gains else verdict
+
+def _judged(made, speeds, changes, folder, machine):
+    "The variants with their verdicts; the folders of those that are refused are removed"
+    kept = {name: m for name, m in made.items() if m.bundle is not None}
+    gains = _gains(kept, speeds)
+    verdicts = {name: _verdict(m, gains, changes) for name, m in made.items() if name != 'original'}
+    for name, verdict in verdicts.items():
+        if not verdict.recommended: shutil.rmtree(Path(folder)/name, ignore_errors=True)
+    rows = [_row(m, speeds, changes, verdicts.get(name)) for name, m in made.items()]
+    return Optimized(made, verdicts, pd.DataFrame(rows), recommended_one(verdicts, gains), machine)
+
 # %% ../../nbs/870_optimize.study.ipynb #fede22e7
 def optimized_variants(
     bundle:Bundle,          # The original: a PyTorch network on the CPU, loaded from a folder
@@ -125,24 +143,6 @@ def optimized_variants(
     pixels = np.array(cache.images[cache.rows(test.image_id[:32])])
     speeds = measured_speeds({name: m.bundle for name, m in kept.items()}, pixels, settings.rounds)
     return _judged(made, speeds, _changes(kept, settings), folder, machine)
-
-# %% ../../nbs/870_optimize.study.ipynb #c22f7f85
-def _verdict(made, gains, changes):
-    "The verdict on a variant"
-    if made.bundle is None: return Verdict(Decision.failed, made.notes[0].rstrip('.'))
-    gain, rival = gains[made.name], rivals.get(made.name)
-    verdict = judged(gain, changes[made.name], made.trained)
-    return against_rival(verdict, gain, gains[rival], rival) if rival in gains else verdict
-
-def _judged(made, speeds, changes, folder, machine):
-    "The variants with their verdicts; the folders of those that are refused are removed"
-    kept = {name: m for name, m in made.items() if m.bundle is not None}
-    gains = _gains(kept, speeds)
-    verdicts = {name: _verdict(m, gains, changes) for name, m in made.items() if name != 'original'}
-    for name, verdict in verdicts.items():
-        if not verdict.recommended: shutil.rmtree(Path(folder)/name, ignore_errors=True)
-    rows = [_row(m, speeds, changes, verdicts.get(name)) for name, m in made.items()]
-    return Optimized(made, verdicts, pd.DataFrame(rows), recommended_one(verdicts, gains), machine)
 
 # %% ../../nbs/870_optimize.study.ipynb #821b4599
 def _recommended_row(o):
@@ -230,7 +230,7 @@ def optimize_part(
     drawn = [n for n in ('onnx-int8', o.recommended) if n in o.made and o.made[n].predictions is not None]
     others = {n: o.made[n].predictions for n in drawn}
     test = (first.split == 'test').to_numpy()
-    figures = dict(variants=(optimize_figure(o.table), 'Size and throughput of each variant; filled: taken'))
+    figures = dict(variants=(optimize_figure(o.table), 'Size and throughput of each variant; black: the original, filled: accepted, empty: refused'))
     if others:
         figure = change_figure(first[test], {n: t[test] for n, t in others.items()}, o.made['original'].bundle.positive)
         figures['changes'] = figure, 'Probability of each test image before and after'

@@ -98,13 +98,13 @@ def why_not(
     return said
 
 # %% ../../nbs/965_serving.answers.ipynb #8fca991a
-passes = 30     # Networks that the uncertainty is sampled from
+passes = 30     # Dropout samples of the head
 
 def uncertainty_part(
     features,       # (D,) of one image
     bundle:Bundle,  # The model, with dropout in its head
 )->dict:            # Class -> standard deviation
-    "The spread of each calibrated probability over networks whose heads lack other features"
+    "The standard deviation of each calibrated probability over dropout samples of the head"
     logits = head_samples(np.asarray(features)[None], bundle.head, passes)[:, 0]
     spread = apply_calibration(logits, bundle.spec['calibration']).std(0)
     return {c: float(v) for c, v in zip(bundle.classes, spread)}
@@ -130,7 +130,7 @@ def overlay_part(
     number:int,     # Of the class that is explained
     bundle:Bundle,  # The model, whose features are the mean of the map
 )->str:             # PNG in base64
-    "The image under what speaks for a class"
+    "The heat map of a class over its image"
     import cv2
     heat = np.maximum(class_maps(np.asarray(maps)[None], bundle.head, [number])[0], 0)
     _, data = cv2.imencode('.png', colored(pixels, heat)[..., ::-1])
@@ -221,9 +221,9 @@ def patient_answers(
 # %% ../../nbs/965_serving.answers.ipynb #fcd3f55a
 class ErrorBody(BaseModel):
     "Why there is no answer"
-    code:str = Field(description='For programs, such as queue_full or corrupt')
+    code:str = Field(description='For programs, such as busy or unreadable')
     message:str = Field(description='One sentence: what is wrong and what to do')
-    request_id:str = Field(description='Identifies the request in the log of the server')
+    request_id:str = Field(description='Identifies the request; after an internal error it is in the log of the server')
 
 class ErrorAnswer(BaseModel):
     "A refusal"
@@ -253,7 +253,7 @@ class ClassPart(BaseModel):
 class AnswerFrame(BaseModel):
     "What every answer holds"
     model:ModelPart
-    request_id:str = Field(description='Identifies the request in the log of the server')
+    request_id:str = Field(description='Identifies the request in the audit log, where the server keeps one')
     time_ms:float = Field(ge=0, description='From the end of the upload to the answer, milliseconds')
     note:str = Field(description='What the answer is for')
 

@@ -193,7 +193,7 @@ def compare_cost(
     "The server's own cost"
     here, there, alone = server_cost(folder, data, repeats)
     return Comparison('server_cost', f"the server's own cost of a request, {what}", 'decoding and model call alone',
-                      here, 3, False, f'on {alone:.1f} ms; {there:.1f} ms more with a decoding worker', ' ms')
+                      here, 3, False, f'on {alone:.1f} ms; with a decoding worker {there:.1f} ms', ' ms')
 
 # %% ../../nbs/978_serving.benchmarks.ipynb #57f3223d
 def compare_uncertainty(
