@@ -129,10 +129,10 @@ def optimized_variants(
     cohort:pd.DataFrame,    # All images, with labels and split
     cache,                  # Their preprocessed pixels
     settings,               # variants, images, share, epochs, rounds, resamples, seed
-    folder,                 # Where the bundles that are taken will be, one folder each
+    folder,                 # Where the bundles of accepted variants will be, one folder each
     threads:int|None=None,  # Of one call; None asks the machine
 )->Optimized:
-    "Make, measure, compare and judge; what is not taken is removed from `folder`"
+    "Make, measure, compare and judge; refused variants are removed from `folder`"
     names, machine = check_variants(settings.variants), this_machine(threads or 0)
     shared = Shared(Workshop(bundle, cohort, cache, settings.images, settings.share, settings.epochs, settings.seed))
     original = Made('original', 'PyTorch, 32-bit floats', bundle, predict_cohort(bundle, cohort, cache), False, [])
@@ -174,7 +174,7 @@ def optimize_sentences(
 )->list[str]:
     "What was found, the recommendation first"
     taken = [name for name, v in o.verdicts.items() if v.recommended and name != o.recommended]
-    others = f'Also taken: {listing(taken)}.' if taken else ''
+    others = f'Also accepted: {listing(taken)}.' if taken else ''
     refused = [f'{name}, {v}.' for name, v in o.verdicts.items() if not v.recommended]
     notes = [f'{name}: {note}' for name, m in o.made.items() if m.bundle is not None for note in m.notes]
     lines = [_first_sentence(o), _patient_sentence(o), others, f'Measured on {o.machine}.', *refused, *notes]
@@ -230,7 +230,8 @@ def optimize_part(
     drawn = [n for n in ('onnx-int8', o.recommended) if n in o.made and o.made[n].predictions is not None]
     others = {n: o.made[n].predictions for n in drawn}
     test = (first.split == 'test').to_numpy()
-    figures = dict(variants=(optimize_figure(o.table), 'Size and throughput of each variant; black: the original, filled: accepted, empty: refused'))
+    about = 'Size and throughput of each variant; black: the original, blue: accepted, empty: refused'
+    figures = dict(variants=(optimize_figure(o.table), about))
     if others:
         figure = change_figure(first[test], {n: t[test] for n, t in others.items()}, o.made['original'].bundle.positive)
         figures['changes'] = figure, 'Probability of each test image before and after'
