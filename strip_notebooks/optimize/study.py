@@ -214,6 +214,13 @@ def optimize_figure(
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
+# %% ../../nbs/870_optimize.study.ipynb #bd5ddf56
+def _numbers(o):
+    "The numbers of the recommended variant"
+    if not o.recommended: return {}
+    row = _recommended_row(o)
+    return {name: float(row[name]) for name in ('megabytes', 'median_ms', 'per_second', 'ratio_single', 'ratio_batch')}
+
 # %% ../../nbs/870_optimize.study.ipynb #f015dead
 _columns = ['variant', 'megabytes', 'median_ms', 'p95_ms', 'per_second', 'ratio_single', 'ratio_batch', 'agreement',
             *[f'{name}{end}' for name in ('AUC_change', 'log_loss_change', 'calibration_error_change')
@@ -237,12 +244,6 @@ def optimize_part(
         figures['changes'] = figure, 'Probability of each test image before and after'
     return Part(optimize_sentences(o), dict(optimize=(shown, caption)), figures,
                 dict(recommended=o.recommended, machine=str(o.machine), **_numbers(o)))
-
-def _numbers(o):
-    "The numbers of the recommended variant"
-    if not o.recommended: return {}
-    row = _recommended_row(o)
-    return {name: float(row[name]) for name in ('megabytes', 'median_ms', 'per_second', 'ratio_single', 'ratio_batch')}
 
 # %% ../../nbs/870_optimize.study.ipynb #27fc70ca
 def write_recommended(
