@@ -17,7 +17,7 @@ def seconds_in_turns(
     functions,      # Functions without arguments
     repeats:int=3,  # Rounds that count; one more comes first, to warm up
 )->np.ndarray:      # (repeats, functions) seconds
-    "The time of each function in each round, forwards and backwards by turns"
+    "The time of each function in each round; every second round runs in reverse order"
     times = np.zeros((repeats + 1, len(functions)))
     for turn in range(repeats + 1):
         order = range(len(functions)) if turn % 2 == 0 else reversed(range(len(functions)))

@@ -52,7 +52,7 @@ def with_network(
     bundle:Bundle,  # With a PyTorch network
     net,            # Another network for the same input and classes
 )->Bundle:          # In memory
-    "A bundle that predicts with another network; what held for the first one alone is left out"
+    "A bundle that predicts with another network; prediction sets, outliers and reference of the first are left out"
     engine = copy.copy(bundle.engine)
     engine.__dict__.pop('_head', None)
     engine.model = net.eval()

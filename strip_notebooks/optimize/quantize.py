@@ -54,7 +54,7 @@ def check_training_images(
 # %% ../../nbs/810_optimize.quantize.ipynb #5523810a
 @dataclass(frozen=True, eq=False)
 class CalibrationImages:
-    "Training images for two jobs"
+    "Training images: half measure ranges, half compare methods"
     ranges:np.ndarray   # (N, S, S, 3) uint8: the ranges of values are measured on them
     judges:np.ndarray   # (M, S, S, 3) uint8: methods are compared on them
 
@@ -209,7 +209,7 @@ def _rounded(weight):
 def quantize_weights(
     data:bytes,     # An ONNX file with floats
 )->bytes:           # An ONNX file with integer weights, computed in floats
-    "The weights of convolutions and of matrix products before the head as 8-bit integers"
+    "The weights of the `Conv` and `Gemm` nodes before the head as 8-bit integers; those of `MatMul` stay in floats"
     import onnx
     from onnx import helper, numpy_helper
     model = onnx.load_from_string(data)

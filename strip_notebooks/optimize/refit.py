@@ -47,19 +47,21 @@ def calibration_method(
     kinds = [k for k in ('platt', 'isotonic', 'vector') if calibration.get(k)]
     return kinds[0] if kinds else 'temperature' if calibration.get('temperature', 1) != 1 else ''
 
-def _calibration(parent, bundle, cohort, cache):
-    "Calibration and threshold of a network that was trained again, and its calibrated predictions"
-    raw = predict_cohort(make_raw(bundle), cohort, cache)
-    method = calibration_method(parent.spec)
-    fit = fit_calibration(raw, bundle.classes, method).calibration if method else None
-    changes = calibration_changes({**parent.spec, 'calibration': None}, fit, raw)
-    return changes, calibrated_predictions(raw, fit, bundle.classes) if fit else raw
-
 def make_raw(
     bundle:Bundle,  # In memory or from a folder
 )->Bundle:
     "The same without its calibration"
     return Bundle({**bundle.spec, 'calibration': None, 'conformal': None}, bundle.engine, bundle.runtime, bundle.kind)
+
+# %% ../../nbs/830_optimize.refit.ipynb #9a31d272
+def _calibration(parent, bundle, cohort, cache):
+    "Calibration and threshold of a network that was trained again, and its calibrated predictions"
+    raw = predict_cohort(make_raw(bundle), cohort, cache)
+    method = calibration_method(parent.spec)
+    fit = fit_calibration(raw, bundle.classes, method).calibration if method else None
+    spec = {**parent.spec, 'calibration': fit}      # so a threshold that was set by hand stays as it is
+    changes = calibration_changes(spec, fit, raw)
+    return changes, calibrated_predictions(raw, fit, bundle.classes) if fit else raw
 
 # %% ../../nbs/830_optimize.refit.ipynb #e01c8f9f
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,7 @@ class Refitted:
     reasons:list        # Sentences about what could not be fitted
 
 def _sets(parent, predictions, changes, reasons):
-    "Prediction sets with the promise of the parent"
+    "Prediction sets with the coverage of the parent"
     about, how = parent.spec['conformal'], parent.how
     if about is None: return
     try: changes['conformal'] = fit_conformal(predictions, parent.classes, how, about['level'], about['by_class'])

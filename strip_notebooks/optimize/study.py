@@ -105,27 +105,6 @@ class Optimized:
     recommended:str     # A name; empty if none is
     machine:object      # `Machine`
 
-# %% ../../nbs/870_optimize.study.ipynb #fede22e7
-def optimized_variants(
-    bundle:Bundle,          # The original: a PyTorch network on the CPU, loaded from a folder
-    cohort:pd.DataFrame,    # All images, with labels and split
-    cache,                  # Their preprocessed pixels
-    settings,               # variants, images, share, epochs, rounds, resamples, seed
-    folder,                 # Where the bundles that are taken will be, one folder each
-    threads:int|None=None,  # Of one call; None asks the machine
-)->Optimized:
-    "Make, measure, compare and judge; what is not taken is removed from `folder`"
-    names, machine = check_variants(settings.variants), this_machine(threads or 0)
-    shared = Shared(Workshop(bundle, cohort, cache, settings.images, settings.share, settings.epochs, settings.seed))
-    original = Made('original', 'PyTorch, 32-bit floats', bundle, predict_cohort(bundle, cohort, cache), False, [])
-    variants = progress(names, 'variants')
-    made = {'original': original} | {n: make_variant(shared, n, folder, threads) for n in variants}
-    kept = {name: m for name, m in made.items() if m.bundle is not None}
-    test = cohort[cohort.split == 'test']
-    pixels = np.array(cache.images[cache.rows(test.image_id[:32])])
-    speeds = measured_speeds({name: m.bundle for name, m in kept.items()}, pixels, settings.rounds)
-    return _judged(made, speeds, _changes(kept, settings), folder, machine)
-
 # %% ../../nbs/870_optimize.study.ipynb #c22f7f85
 def _verdict(made, gains, changes):
     "The verdict on a variant"
@@ -143,6 +122,27 @@ def _judged(made, speeds, changes, folder, machine):
         if not verdict.recommended: shutil.rmtree(Path(folder)/name, ignore_errors=True)
     rows = [_row(m, speeds, changes, verdicts.get(name)) for name, m in made.items()]
     return Optimized(made, verdicts, pd.DataFrame(rows), recommended_one(verdicts, gains), machine)
+
+# %% ../../nbs/870_optimize.study.ipynb #fede22e7
+def optimized_variants(
+    bundle:Bundle,          # The original: a PyTorch network on the CPU, loaded from a folder
+    cohort:pd.DataFrame,    # All images, with labels and split
+    cache,                  # Their preprocessed pixels
+    settings,               # variants, images, share, epochs, rounds, resamples, seed
+    folder,                 # Where the bundles of accepted variants will be, one folder each
+    threads:int|None=None,  # Of one call; None asks the machine
+)->Optimized:
+    "Make, measure, compare and judge; refused variants are removed from `folder`"
+    names, machine = check_variants(settings.variants), this_machine(threads or 0)
+    shared = Shared(Workshop(bundle, cohort, cache, settings.images, settings.share, settings.epochs, settings.seed))
+    original = Made('original', 'PyTorch, 32-bit floats', bundle, predict_cohort(bundle, cohort, cache), False, [])
+    variants = progress(names, 'variants')
+    made = {'original': original} | {n: make_variant(shared, n, folder, threads) for n in variants}
+    kept = {name: m for name, m in made.items() if m.bundle is not None}
+    test = cohort[cohort.split == 'test']
+    pixels = np.array(cache.images[cache.rows(test.image_id[:32])])
+    speeds = measured_speeds({name: m.bundle for name, m in kept.items()}, pixels, settings.rounds)
+    return _judged(made, speeds, _changes(kept, settings), folder, machine)
 
 # %% ../../nbs/870_optimize.study.ipynb #821b4599
 def _recommended_row(o):
@@ -174,7 +174,7 @@ def optimize_sentences(
 )->list[str]:
     "What was found, the recommendation first"
     taken = [name for name, v in o.verdicts.items() if v.recommended and name != o.recommended]
-    others = f'Also taken: {listing(taken)}.' if taken else ''
+    others = f'Also accepted: {listing(taken)}.' if taken else ''
     refused = [f'{name}, {v}.' for name, v in o.verdicts.items() if not v.recommended]
     notes = [f'{name}: {note}' for name, m in o.made.items() if m.bundle is not None for note in m.notes]
     lines = [_first_sentence(o), _patient_sentence(o), others, f'Measured on {o.machine}.', *refused, *notes]
@@ -214,6 +214,13 @@ def optimize_figure(
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
+# %% ../../nbs/870_optimize.study.ipynb #bd5ddf56
+def _numbers(o):
+    "The numbers of the recommended variant"
+    if not o.recommended: return {}
+    row = _recommended_row(o)
+    return {name: float(row[name]) for name in ('megabytes', 'median_ms', 'per_second', 'ratio_single', 'ratio_batch')}
+
 # %% ../../nbs/870_optimize.study.ipynb #f015dead
 _columns = ['variant', 'megabytes', 'median_ms', 'p95_ms', 'per_second', 'ratio_single', 'ratio_batch', 'agreement',
             *[f'{name}{end}' for name in ('AUC_change', 'log_loss_change', 'calibration_error_change')
@@ -230,18 +237,13 @@ def optimize_part(
     drawn = [n for n in ('onnx-int8', o.recommended) if n in o.made and o.made[n].predictions is not None]
     others = {n: o.made[n].predictions for n in drawn}
     test = (first.split == 'test').to_numpy()
-    figures = dict(variants=(optimize_figure(o.table), 'Size and throughput of each variant; filled: taken'))
+    about = 'Size and throughput of each variant; black: the original, blue: accepted, empty: refused'
+    figures = dict(variants=(optimize_figure(o.table), about))
     if others:
         figure = change_figure(first[test], {n: t[test] for n, t in others.items()}, o.made['original'].bundle.positive)
         figures['changes'] = figure, 'Probability of each test image before and after'
     return Part(optimize_sentences(o), dict(optimize=(shown, caption)), figures,
                 dict(recommended=o.recommended, machine=str(o.machine), **_numbers(o)))
-
-def _numbers(o):
-    "The numbers of the recommended variant"
-    if not o.recommended: return {}
-    row = _recommended_row(o)
-    return {name: float(row[name]) for name in ('megabytes', 'median_ms', 'per_second', 'ratio_single', 'ratio_batch')}
 
 # %% ../../nbs/870_optimize.study.ipynb #27fc70ca
 def write_recommended(

@@ -103,6 +103,7 @@ def _as_onnx(name, bundle, data, about, **how):
     fields = _head_fields(bundle, **({'arch': how['arch']} if 'arch' in how else {}))
     return Draft(name, {**parent_files(bundle), onnx_file: data}, 'onnx', about, fields, how.get('trained', False))
 
+# %% ../../nbs/860_optimize.variants.ipynb #ca5b121c
 def onnx_draft(
     shared:Shared,  # Of one model
 )->Draft:
@@ -110,6 +111,7 @@ def onnx_draft(
     exported = shared.workshop.exported
     return _as_onnx('onnx', exported, parent_files(exported)[onnx_file], 'ONNX Runtime, 32-bit floats')
 
+# %% ../../nbs/860_optimize.variants.ipynb #1b85a7db
 def int8_draft(
     shared:Shared,  # Of one model
 )->Draft:
@@ -126,6 +128,7 @@ def weights_draft(
     data = quantize_weights(parent_files(exported)[onnx_file])
     return _as_onnx('onnx-int8-weights', exported, data, 'ONNX Runtime, 8-bit weights, computed in floats')
 
+# %% ../../nbs/860_optimize.variants.ipynb #85c7f3e5
 def dynamic_draft(
     shared:Shared,  # Of one model
 )->Draft:
@@ -143,6 +146,7 @@ def pruned_draft(
     return _as_onnx('pruned', shared.pruned, data, 'channels removed, fine-tuned, ONNX Runtime, 32-bit floats',
                     arch=shared.pruned_arch, trained=True)
 
+# %% ../../nbs/860_optimize.variants.ipynb #4a6b82e3
 def pruned_int8_draft(
     shared:Shared,  # Of one model
 )->Draft:
@@ -159,6 +163,7 @@ def _torch_files(net, dtype=None):
     rounded = {n: w.to(dtype) if dtype and w.is_floating_point() else w for n, w in kept.items()}
     return {'weights.safetensors': save(rounded)}
 
+# %% ../../nbs/860_optimize.variants.ipynb #e235b321
 def bf16_draft(
     shared:Shared,  # Of one model
 )->Draft:
@@ -167,10 +172,11 @@ def bf16_draft(
     files = _torch_files(shared.workshop.bundle.model, torch.bfloat16)
     return Draft('bf16-weights', files, 'torch', 'PyTorch, weights in bfloat16, computed in floats')
 
+# %% ../../nbs/860_optimize.variants.ipynb #e27e5d2f
 def zeroed_draft(
     shared:Shared,  # Of one model
 )->Draft:
-    "Half of the single weights set to zero"
+    "The network with a share of its single weights set to zero"
     w = shared.workshop
     about = f'PyTorch, {100*w.share:g} % of the single weights set to zero'
     return Draft('zeroed', _torch_files(zeroed_network(w.bundle, w.share)), 'torch', about)
@@ -182,6 +188,7 @@ def _as_openvino(name, bundle, files, about, **how):
     fields = _head_fields(bundle, **({'arch': how['arch']} if 'arch' in how else {}))
     return Draft(name, {**others, **files}, 'openvino', f'OpenVINO, {about}', fields, how.get('trained', False))
 
+# %% ../../nbs/860_optimize.variants.ipynb #80bb8342
 def _openvino_floats(name, shared, precision, about):
     "The exported network in a precision"
     exported = shared.workshop.exported
@@ -208,6 +215,7 @@ def openvino_int8_draft(
     files = openvino_int8(parent_files(exported)[onnx_file], pixels)
     return _as_openvino('openvino-int8', exported, files, 'INT8 by NNCF, sums in floats')
 
+# %% ../../nbs/860_optimize.variants.ipynb #5a824f46
 def pruned_openvino_draft(
     shared:Shared,  # Of one model
 )->Draft:

@@ -25,7 +25,7 @@ class Decision(str, Enum):
     slower = 'slower'                       # Than the original
     other_model = 'other predictions'       # It should reproduce the original, and does not
     worse = 'worse'                         # The AUC is lower
-    not_shown = 'not shown'                 # Too few patients to tell whether the AUC is lower
+    not_shown = 'not shown'                 # Too few patients to exclude that the AUC is lower by more than the margin
 
 @dataclass(frozen=True)
 class Verdict:

@@ -74,7 +74,7 @@ class Refusal(StripError):
 def error_body(
     code:str,       # A key of `refusals`
     message:str,    # A sentence
-    request_id:str, # Of the request, which is also in the logs
+    request_id:str, # Of the request, from `request_id`
 )->bytes:           # JSON
     "The body of a refusal"
     return json.dumps(dict(error=dict(code=code, message=message, request_id=request_id))).encode()

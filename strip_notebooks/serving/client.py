@@ -24,7 +24,7 @@ from ..processes import progress
 # %% ../../nbs/972_serving.client.ipynb #cc74f328
 class ClientError(StripError):
     "A server refused what it was sent, or could not be reached"
-    code, status, request_id = '', 0, ''    # The server's code, the HTTP status, and the name of the request in its log
+    code, status, request_id = '', 0, ''    # The server's code, the HTTP status, and the id of the request
 
 class AccessRefused(ClientError):
     "The server needs a key, or another one, or does not serve the place where this runs"
@@ -180,7 +180,7 @@ def predict(self:StripClient,
     uncertainty:bool=False,     # Whether to add the standard deviation of each probability
     explain:bool=False,         # Whether to add a picture of what the prediction comes from
 )->dict:                        # What the server says
-    "The prediction for one image; an `RequestRefused` with the reason if there is none"
+    "The prediction for one image; a `RequestRefused` with the reason if there is none"
     return self._send('POST', '/predict', [('file', image)], _asked(uncertainty, explain))
 
 # %% ../../nbs/972_serving.client.ipynb #ef2de36b
