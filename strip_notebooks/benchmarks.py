@@ -32,11 +32,12 @@ class Comparison:
     higher:bool         # Whether it must be at least the target, or at most
     numbers:str=''      # Behind the ratio, in words
     unit:str='x'        # Of the target, after its number
+    valid:bool=True     # Whether the ratio may count; that of a model which is refused may not
 
     @property
     def met(self):
         "Whether the target is met"
-        return self.ratio >= self.target if self.higher else self.ratio <= self.target
+        return self.valid and (self.ratio >= self.target if self.higher else self.ratio <= self.target)
 
 # %% ../nbs/910_benchmarks.ipynb #72bd3f0f
 def benchmark_table(

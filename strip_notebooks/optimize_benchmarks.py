@@ -102,7 +102,7 @@ def fastest_bundle(
 def _comparison(name, what, row, ratios, target):
     "A row as a comparison"
     against = 'plain PyTorch, 32-bit floats, batch of 32'
-    return Comparison(name, what, against, ratios[row.variant], target, True, _words(row))
+    return Comparison(name, what, against, ratios[row.variant], target, True, _words(row), valid=bool(row.taken))
 
 # %% ../nbs/913_optimize_benchmarks.ipynb #ca346199
 _kinds = dict(int8=('INT8 by ONNX Runtime', ['onnx-int8'], 5),

@@ -83,7 +83,7 @@ class OptimizeSettings(Settings):
     train_run:str = Field(
         '', description='A run of train or derive, or by its name one of uncertainty; empty takes the newest')
     variants:list[str] = Field([], description='Names such as onnx-int8 or pruned-int8; empty makes all')
-    images:int = Field(256, ge=8, le=100_000, description='Training images for calibration; half of them choose the method')
+    images:int = Field(256, ge=8, le=100_000, description='Training images for calibration; half choose the method')
     share:float = Field(.5, gt=0, lt=1, description='Share of the channels that pruning removes')
     epochs:int = Field(8, ge=1, le=1000, description='Passes over the training images after pruning')
     rounds:int = Field(30, ge=3, le=10_000, description='How often each variant is timed with one image')

@@ -325,6 +325,8 @@ def test_a_key_is_needed_elsewhere(bundles, tmp_path):
     assert 'open to others' in refused(tmp_path, bundles/'onnx', '--host', '0.0.0.0', '--key-file', 'keys')
     (tmp_path/'keys').chmod(0o600)
     with serving(tmp_path, bundles/'onnx', '--host', '0.0.0.0', '--key-file', 'keys', '--decoders', 1, key=KEY, STRIP_METRICS_KEY=METRICS_KEY) as server:
+        inherited = [child.environ() for child in psutil.Process(server.process.pid).children(recursive=True)]
+        assert inherited and not any(METRICS_KEY in values.values() for values in inherited)     # what decodes hostile files knows no key
         data, bare = dict(file=png(noise(1)[0])), httpx.Client(base_url=server.url)
         assert server.http.post('/predict', files=data).status_code == 200
         assert [bare.post('/predict', files=data, headers=h).json()['error']['code'] for h in ({}, {'X-API-Key': KEY + 'x'})] == ['no_key', 'wrong_key']

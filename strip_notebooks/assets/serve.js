@@ -56,7 +56,7 @@ async function ask(path, options, signal) {     // the answer, once the server h
     if (response.ok) return await response.json()
     const refused = await refusal_of(response)
     if (response.status === 401) await new_key(shown, refused, signal)
-    else if ((response.status === 429 || response.status === 503) && tries < 20) {
+    else if (([429, 503].includes(response.status) || response.headers.get('retry-after')) && tries < 20) {
       const seconds = Math.min(longest_wait, Math.max(1, Number(response.headers.get('retry-after')) || 1))
       say(`${refused.message} Next try in ${plural(seconds, 'second')}.`)
       await wait(seconds, signal)

@@ -6,7 +6,7 @@
 __all__ = ['ExportError', 'output_names', 'pixel_network', 'export_onnx', 'onnx_parts', 'largest_difference', 'export_bundle']
 
 # %% ../../nbs/800_optimize.export.ipynb #29583840
-import io, tempfile
+import io, shutil, tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def pixel_network(
             super().__init__()
             self.network, self.clip = bundle.model, bundle.preprocessing.normalize == 'percentile'
             shift, scale = bundle.preprocessing.shift, bundle.preprocessing.scale
-            norm = torch.nn.BatchNorm2d(3, eps=0.)      # one pass over the pixels, where a difference and a product are two
+            norm = torch.nn.BatchNorm2d(3, eps=0.)      # one pass over the pixels; a difference and a product are two
             norm.running_mean, norm.weight.data = 255*torch.tensor(shift), 1/(255*torch.tensor(scale))
             self.norm = norm
 
@@ -136,5 +136,6 @@ def export_bundle(
     found = load_bundle(derive_bundle(bundle, folder, files, 'onnx', **fields))
     difference = largest_difference(bundle, found, pixels)
     if difference < 1e-4: return found
+    shutil.rmtree(folder)
     raise ExportError(f'The ONNX network gives other probabilities than PyTorch (up to {difference:.2g}), '
-                      f'so {folder} must not be used.')
+                      f'so {folder} was removed.')

@@ -42,10 +42,10 @@ class Unreachable(ClientError):
     "No server responded"
 
 # %% ../../nbs/972_serving.client.ipynb #2fae4c6b
-def _error_type(status):
-    "The type of error for an HTTP status"
+def _error_type(status, code):
+    "The type of error for an HTTP status and the code of the server"
     if status in (401, 403): return AccessRefused
-    if status in (429, 503): return ServerBusy
+    if status in (429, 503) or code == 'deadline': return ServerBusy
     return RequestRefused if 400 <= status < 500 else ServerFailed
 
 def error_of(
@@ -56,8 +56,9 @@ def error_of(
     except (ValueError, KeyError, TypeError): found = {}
     where = f'{response.request.url.copy_with(path="/", query=None)}'
     unknown = f'{where} responded with status {response.status_code} and no reason; is this the server of `clot serve`?'
-    error = _error_type(response.status_code)(str(found.get('message') or unknown))
-    error.code, error.status = str(found.get('code', '')), response.status_code
+    code = str(found.get('code', ''))
+    error = _error_type(response.status_code, code)(str(found.get('message') or unknown))
+    error.code, error.status = code, response.status_code
     error.request_id = str(found.get('request_id', ''))
     return error
 

@@ -84,7 +84,7 @@ def _pull(z, y, b):
 fit_failures = dict(
     separable='all patients are classified correctly, so any sharper probabilities would fit better',
     chance='the predictions are not better than chance',
-    constant='the predictions are the same for all patients')
+    constant='the predictions are the same, or almost, for all patients')
 
 def _root(z, y, weights):
     "b = 1/T and '', or 1 and which of `fit_failures` it is; b is found on logits of unit spread, so that units cancel"
@@ -137,6 +137,7 @@ def _fit_platt(data):
         return (w*(np.logaddexp(0, line) - target*line)).sum(), np.array([gap @ x, gap.sum()])
     a, b = _minimized(loss, np.array([1., 0]))
     if a <= 0: return {}, 'chance'
+    if max(a/odds.std(), abs(b)) >= 1000: return {}, 'constant'     # more than a bundle can hold
     return dict(platt=dict(slope=float(a/odds.std()), shift=float(b))), ''
 
 # %% ../../nbs/660_uncertainty.calibration.ipynb #2b286f36
