@@ -18,8 +18,8 @@ from .engines import Answer, open_engine
 from .experiments import check_names, find_run, remove_leftovers
 from .runs import Run, find_part, workspace
 from .search.space import SearchPlan, TrialConfig, fixed_values, read_plan, read_space
-from .search.trials import (TrialResult, best_trial, next_round, open_study, record_trial,
-                                           stopping_limits, total_trials, trial_table, version_note)
+from .search.trials import (TrialResult, best_trial, cut_note, next_round, open_study,
+                                           record_trial, stopping_limits, total_trials, trial_table, version_note)
 from .series import Series, earlier_series, open_series
 from .settings import step_settings
 
@@ -388,11 +388,13 @@ def run_search(
     space, fixed = check_search(plan)
     done, whole = finished_search(plan, space, root)
     if whole:
-        say(f'This search had finished with {plural(done.metrics["trials"], "trial")}; more of them continue it.')
+        say(f'This search had finished with {plural(done.metrics["trials"], "trial")} on {done.links["prepare"].name}; '
+            'more trials continue it. For other data, name their run of prepare in the file, as prepare_run.')
         return done
     remove_leftovers(root)
     with open_engine(engine, workers, address, workspace()) as opened:
         search = Search(plan, space, fixed, open_search(plan, workers, root), opened, say)
         search.report(f'{"continues" if search.series.again else "begins"}: {search.run.path}')
+        if note := cut_note(plan, space): search.report(note)
         _do(search)
     return search.run
