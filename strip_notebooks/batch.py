@@ -131,12 +131,14 @@ def _work(jobs, series, engine, say):
 
 # %% ../nbs/904_batch.ipynb #75419e5d
 def _end(jobs, series, errors):
-    "Write table, metrics and summary into the run of the batch; the sentence about its failures"
-    run, failed = series.run, [f'job {k} ({jobs[k - 1].words()}): {e}' for k, e in sorted(errors.items())]
-    run.save_table(job_table(jobs, series), 'jobs')
+    "Write what a batch leaves; the sentence about its failures, with the cause of each"
+    run, table = series.run, job_table(jobs, series).set_index('job')
+    failed = [f'job {k} ({jobs[k - 1].words()}): {e}' for k, e in sorted(errors.items())]
+    causes = [f'job {k} ({jobs[k - 1].words()}): {table.error[k] or e}'.rstrip('.') for k, e in sorted(errors.items())]
+    run.save_table(table.reset_index(), 'jobs')
     run.save_metrics(dict(jobs=len(jobs), failed=len(failed)))
     run.save_summary('\n'.join([f'{plural(len(jobs), "job")}, {len(failed)} failed.', *failed]))
-    return f'{len(failed)} of {plural(len(jobs), "job")} failed: {"; ".join(failed)}' if failed else ''
+    return f'{len(failed)} of {plural(len(jobs), "job")} failed: {"; ".join(causes)}.' if failed else ''
 
 # %% ../nbs/904_batch.ipynb #01837872
 def run_batch(
@@ -158,6 +160,6 @@ def run_batch(
     with open_engine(engine, workers, address, workspace()) as opened:
         series = open_series('batch', dict(jobs=[j.words() for j in jobs]), identity, workers, root)
         failures = _end(jobs, series, _work(jobs, series, opened, say))
-    series.run.finish(failures)
+    series.run.finish(failures.partition(':')[0])
     if failures: raise StripError(f'{failures} Fixed? The same command resumes what failed.')
     return series.run

@@ -90,10 +90,12 @@ def _count(row, name):
     return int(value) if value == value else 0
 
 def _of_many(row, said):
-    "The result of a search, a trial or a batch, in words; `said` for other runs"
+    "The result of a search, a trial, a batch or an optimization, in words; `said` for other runs"
     jobs, trials, stopped = (_count(row, name) for name in ('jobs', 'trials', 'stopped_after'))
     step = row.get('step')
     if step == 'batch' and jobs: return f"{plural(jobs, 'job')}, {_count(row, 'failed')} failed"
+    if step == 'optimize' and row.get('ratio_batch', 0) > 0:
+        return f"{row['megabytes']:.2f} MB, {row['ratio_batch']:.1f} times as fast in batches"
     if step == 'search' and trials: return f'best of {plural(trials, "trial")}: {said}'
     return f'{said}, stopped after {plural(stopped, "epoch")}' if step == 'search_trial' and stopped else said
 

@@ -197,7 +197,7 @@ def optimize_figure(
 ):                          # Matplotlib figure
     "Size and throughput of each variant, on logarithmic axes"
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, NullFormatter
     rows = table.dropna(subset='megabytes') if 'megabytes' in table else table[:0]
     fig, ax = plt.subplots(figsize=(5, 3.4), layout='constrained')
     for r, height in zip(rows.itertuples(), _name_heights(rows)):
@@ -206,10 +206,11 @@ def optimize_figure(
         ax.plot(r.megabytes, r.per_second, 'o', color=color, mfc='none' if color == '#999999' else color, ms=6)
         ax.annotate(f'  {r.variant}', (r.megabytes, height), fontsize=8, va='center', color=color)
     ax.set(xscale='log', yscale='log', xlabel='size of the network, MB', ylabel='images per second, batch of 32')
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis, labeled in [(ax.xaxis, (1, 2, 5)), (ax.yaxis, (1, 2, 3, 5, 7))]:
+        axis.set_major_locator(LogLocator(subs=labeled))
         axis.set_major_formatter('{x:g}')
-        axis.set_minor_locator(NullLocator())
+        axis.set_minor_locator(LogLocator(subs=range(2, 10)))
+        axis.set_minor_formatter(NullFormatter())     # marks alone: they show that the scale is logarithmic
     ax.margins(x=.3, y=.15)
     ax.spines[['top', 'right']].set_visible(False)
     return fig

@@ -79,8 +79,11 @@ def _positions(dimension, values):
 
 def _axis(ax, dimension):
     "Set the lower axis of a plot to the values of a parameter"
+    from matplotlib.ticker import NullFormatter
     ax.set_xlabel(figure_name(dimension.name, 24), fontsize=9)
-    if dimension.log: ax.set_xscale('log')
+    if dimension.log:
+        ax.set(xscale='log', xticks=dimension.ends(), xticklabels=[f'{v:g}' for v in dimension.ends()])
+        ax.xaxis.set_minor_formatter(NullFormatter())     # in a short range, their labels would cover each other
     if not dimension.choices: return
     ax.set_xticks(range(len(dimension.choices)), [figure_name(c, 10) for c in dimension.choices])
     ax.set_xlim(-.5, len(dimension.choices) - .5)

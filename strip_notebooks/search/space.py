@@ -128,7 +128,7 @@ def _range(name, kind, given):
     "The `Dimension` of a range; a `StripError` if it is empty or cannot be drawn from"
     _check_range(name, kind, given)
     low, high = _value(name, given['low'], kind), _value(name, given['high'], kind)
-    log, step = _value(name, given.get('log', False), 'bool'), given.get('step')
+    log, step = _value(f'{name}: log', given.get('log', False), 'bool'), given.get('step')
     if step is not None: step = _value(name, step, kind)
     if not low < high: raise StripError(f'{name}: the range from {low} to {high} is empty; low must be below high.')
     if log and not low > 0: raise StripError(f'{name}: log needs a low above 0, and it is {low}.')
