@@ -184,13 +184,28 @@ def read_json(
     return found
 
 # %% ../nbs/000_core.ipynb #00d00c53
+_most_values = 1_000_000
+
+def _yaml_size(value, sizes):
+    "How many values it stands for, those that are referred to counted each time; a `ValueError` for too many"
+    if not isinstance(value, (dict, list)): return 1
+    if (known := sizes.get(id(value), 0)) is None: raise ValueError('a value refers to itself')
+    if not known:
+        sizes[id(value)] = None
+        held = [*value, *value.values()] if isinstance(value, dict) else value
+        sizes[id(value)] = known = 1 + sum(_yaml_size(v, sizes) for v in held)
+    if known > _most_values: raise ValueError(f'its references stand for more than {_most_values:,} values')
+    return known
+
 def read_yaml(
     file,       # File to read
 )->dict:        # What it holds; empty for an empty file
     "The names and values of a YAML file; a `StripError` that names the line if it is not one"
     import yaml
     if not Path(file).is_file(): raise StripError(f'{str(file)!r} is not a file; name a YAML file.')
-    try: given = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
+    try:
+        given = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
+        _yaml_size(given, {})
     except yaml.MarkedYAMLError as e:
         line = f' in line {e.problem_mark.line + 1}' if e.problem_mark else ''
         raise StripError(f'{file} is not readable as YAML: {e.problem}{line}.') from None
