@@ -183,7 +183,7 @@ def read_json(
     if missing: raise StripError(f'{path} holds no {listing(missing)}: it is corrupt.')
     return found
 
-# %% ../nbs/000_core.ipynb #00d00c53
+# %% ../nbs/000_core.ipynb #9b59b73b
 _most_values = 1_000_000
 
 def _yaml_size(value, sizes):
@@ -197,6 +197,7 @@ def _yaml_size(value, sizes):
     if known > _most_values: raise ValueError(f'its references stand for more than {_most_values:,} values')
     return known
 
+# %% ../nbs/000_core.ipynb #00d00c53
 def read_yaml(
     file,       # File to read
 )->dict:        # What it holds; empty for an empty file

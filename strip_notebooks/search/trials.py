@@ -30,9 +30,9 @@ def repair_journal(
     if kept < size: os.truncate(path, kept)
     return size - kept
 
-# %% ../../nbs/455_search.trials.ipynb #98cdbfcd
+# %% ../../nbs/455_search.trials.ipynb #213560de
 def _create_study(path, plan):
-    "The study of a journal; a `StripError` if a line of it is damaged"
+    "The study of a journal; a `StripError` if a line of it is corrupt"
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -40,9 +40,10 @@ def _create_study(path, plan):
         storage = JournalStorage(JournalFileBackend(str(path)))
         return optuna.create_study(storage=storage, study_name='search', direction=plan.direction, load_if_exists=True)
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as e:
-        raise StripError(f'The journal {path} is damaged ({type(e).__name__}). Remove it, and the same command writes it '
-                         'again from the runs of its trials, which are kept.') from None
+        raise StripError(f'The journal {path} is corrupt ({type(e).__name__}). Remove it, and the same command writes '
+                         'it again from the runs of its trials, which are kept.') from None
 
+# %% ../../nbs/455_search.trials.ipynb #98cdbfcd
 def open_study(
     path,               # The journal; a new one if there is none
     plan:SearchPlan,    # The search

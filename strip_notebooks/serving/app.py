@@ -177,9 +177,9 @@ AskExplain = Annotated[bool, Query(description=_about_explain)]
 
 # %% ../../nbs/969_serving.app.ipynb #2e42b1e7
 async def _check_one(request):
-    "A `Refusal` if there are several files, of which only one would be answered"
+    "A `Refusal` if there are several files, of which only one would count"
     if len((await request.form()).getlist('file')) > 1:
-        raise Refusal('too_many_files', 'There are several fields "file"; send one, or several "files" to /batch_predict.')
+        raise Refusal('too_many_files', 'There are several fields "file"; send one, or "files" to /batch_predict.')
 
 async def predict(
     request:Request,            # The request

@@ -170,12 +170,13 @@ def _decoded_there(job, workers, allowance):
     (found,) = decode(upload_pixels, [job], workers=workers, name=lambda job: 'image', allowance=allowance)
     return found
 
-# %% ../../nbs/967_serving.pool.ipynb #862235f3
+# %% ../../nbs/967_serving.pool.ipynb #3c64ef89
 def _no_room(error):
     "The refusal of a file that cannot be kept while it is decoded"
     logging.getLogger('clot.serve').error('a file cannot be kept in %s: %s', tempfile.gettempdir(), error.strerror)
     return Refusal('internal', 'The server could not keep the file while it is decoded; its log says more.')
 
+# %% ../../nbs/967_serving.pool.ipynb #862235f3
 @dataclass(frozen=True)
 class Decoder:
     "How uploads become pixels"
