@@ -8,6 +8,7 @@ __all__ = ['example_batch', 'Job', 'read_jobs', 'check_jobs', 'job_table', 'run_
 # %% ../nbs/904_batch.ipynb #28d083f4
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 
 import pandas as pd
 
@@ -62,6 +63,8 @@ def _combinations(choices, where):
     for name, values in choices.items():
         if not isinstance(values, list) or not values:
             raise StripError(f'{where}: product: {name} must be a list of values, such as [0, 1, 2].')
+    count = prod(map(len, choices.values()))
+    if count > 10_000: raise StripError(f'{where}: product has {count:,} combinations; at most 10,000 can be run.')
     return [dict(zip(choices, values)) for values in product(*choices.values())]
 
 def read_jobs(

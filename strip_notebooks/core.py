@@ -183,6 +183,20 @@ def read_json(
     if missing: raise StripError(f'{path} holds no {listing(missing)}: it is corrupt.')
     return found
 
+# %% ../nbs/000_core.ipynb #9b59b73b
+_most_values = 1_000_000
+
+def _yaml_size(value, sizes):
+    "How many values it stands for, those that are referred to counted each time; a `ValueError` for too many"
+    if not isinstance(value, (dict, list)): return 1
+    if (known := sizes.get(id(value), 0)) is None: raise ValueError('a value refers to itself')
+    if not known:
+        sizes[id(value)] = None
+        held = [*value, *value.values()] if isinstance(value, dict) else value
+        sizes[id(value)] = known = 1 + sum(_yaml_size(v, sizes) for v in held)
+    if known > _most_values: raise ValueError(f'its references stand for more than {_most_values:,} values')
+    return known
+
 # %% ../nbs/000_core.ipynb #00d00c53
 def read_yaml(
     file,       # File to read
@@ -190,7 +204,9 @@ def read_yaml(
     "The names and values of a YAML file; a `StripError` that names the line if it is not one"
     import yaml
     if not Path(file).is_file(): raise StripError(f'{str(file)!r} is not a file; name a YAML file.')
-    try: given = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
+    try:
+        given = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
+        _yaml_size(given, {})
     except yaml.MarkedYAMLError as e:
         line = f' in line {e.problem_mark.line + 1}' if e.problem_mark else ''
         raise StripError(f'{file} is not readable as YAML: {e.problem}{line}.') from None

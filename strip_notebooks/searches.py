@@ -7,7 +7,7 @@ __all__ = ['Search', 'check_search', 'finished_search', 'open_search', 'held_out
            'run_search']
 
 # %% ../nbs/906_searches.ipynb #bdfaf61b
-import os
+import errno, os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,6 +187,15 @@ def trial_line(
     if result.error: score = f'failed: {result.error}'
     return f'[{len(results)}/{total}] trial {trial.number} ({given}): {score}{_best_words(results, plan)}'
 
+# %% ../nbs/906_searches.ipynb #5853ee1d
+_disk_full = [os.strerror(n) for n in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)]
+
+def _disk_faults(
+    results,    # Number -> `TrialResult`
+):              # Number -> sentence, of those that failed because the disk cannot be written
+    "The trials whose failure says nothing about their parameters"
+    return {n: r.error for n, r in results.items() if any(text in r.error for text in _disk_full)}
+
 # %% ../nbs/906_searches.ipynb #be2a2cfe
 @patch
 def run_round(self:Search,
@@ -208,7 +217,10 @@ def run_round(self:Search,
         new[number] = _found(self, parts[number], answer)
         self.report(f'{"" if outer < 0 else f"outer fold {outer}: "}'
                     + trial_line(numbered[number], {**results, **new}, self.plan, total))
-    for number in sorted(new): record_trial(study, number, new[number])
+    faults = _disk_faults(new)
+    for number in sorted(set(new) - set(faults)): record_trial(study, number, new[number])
+    if faults: raise StripError(f'Trial {min(faults)} could not write ({faults[min(faults)].strip(".")}). Free disk '
+                                'space; the same command continues the search.')
 
 # %% ../nbs/906_searches.ipynb #b0f3d299
 @patch

@@ -136,6 +136,8 @@ def _range(name, kind, given):
         raise StripError(f'{name}: give log or step, not both; a list of choices can have any values.')
     if step is not None and not 0 < step <= high - low:
         raise StripError(f'{name}: step={step} must be above 0 and at most high - low.')
+    if kind == 'float' and step is not None and high - low > 100_000*step:
+        raise StripError(f'{name}: step={step} makes more than 100,000 values; give a larger step, or none.')
     return Dimension(name, kind, (), low, high, log, step)
 
 # %% ../../nbs/450_search.space.ipynb #80a54214

@@ -30,6 +30,19 @@ def repair_journal(
     if kept < size: os.truncate(path, kept)
     return size - kept
 
+# %% ../../nbs/455_search.trials.ipynb #213560de
+def _create_study(path, plan):
+    "The study of a journal; a `StripError` if a line of it is corrupt"
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    try:
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        return optuna.create_study(storage=storage, study_name='search', direction=plan.direction, load_if_exists=True)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as e:
+        raise StripError(f'The journal {path} is corrupt ({type(e).__name__}). Remove it, and the same command writes '
+                         'it again from the runs of its trials, which are kept.') from None
+
 # %% ../../nbs/455_search.trials.ipynb #98cdbfcd
 def open_study(
     path,               # The journal; a new one if there is none
@@ -37,14 +50,11 @@ def open_study(
 ):                      # An Optuna study
     "The study of a journal that no process is writing"
     import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = Path(path).resolve()                         # a relative path and a lock that was left would spin for ever
     path.parent.mkdir(parents=True, exist_ok=True)
     repair_journal(path)
-    storage = JournalStorage(JournalFileBackend(str(path)))
-    study = optuna.create_study(storage=storage, study_name='search', direction=plan.direction, load_if_exists=True)
+    study = _create_study(path, plan)
     if 'optuna' not in study.user_attrs: study.set_user_attr('optuna', optuna.__version__)
     return study
 

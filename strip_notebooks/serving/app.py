@@ -84,6 +84,7 @@ def add_refusals(
     async def refused(request, error): return refuse(request, error)
     async def invalid(request, error): return refuse(request, invalid_request(error))
     async def other(request, error):
+        if isinstance(error.__cause__, OSError): raise error.__cause__    # the server's disk, not the body
         code = _codes.get(error.status_code, 'bad_request')
         return refuse(request, Refusal(code, _sentences[code]))
     for kind, handler in ((Refusal, refused), (RequestValidationError, invalid), (HTTPException, other)):
@@ -175,6 +176,11 @@ AskUncertainty = Annotated[bool, Query(description=_about_uncertainty)]
 AskExplain = Annotated[bool, Query(description=_about_explain)]
 
 # %% ../../nbs/969_serving.app.ipynb #2e42b1e7
+async def _check_one(request):
+    "A `Refusal` if there are several files, of which only one would count"
+    if len((await request.form()).getlist('file')) > 1:
+        raise Refusal('too_many_files', 'There are several fields "file"; send one, or "files" to /batch_predict.')
+
 async def predict(
     request:Request,            # The request
     file:ImageFile,             # The image
@@ -184,6 +190,7 @@ async def predict(
     explain:AskExplain=False,               # In the address
 ):
     "What the model says about one image"
+    await _check_one(request)
     asked = Asked(form_uncertainty or uncertainty, form_explain or explain)
     _, (found,) = await answer_all(request, [await read_upload(file)], asked)
     if isinstance(found, Refusal): raise found

@@ -91,11 +91,19 @@ class AuditLog:
             self.fd = None
 
 # %% ../../nbs/962_serving.audit_log.ipynb #85479aaf
+def _is_moved(fd, path):
+    "Whether another program has renamed or removed an open file"
+    try: return not os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError: return True
+
 @patch
 def append(self:AuditLog,
     line:bytes, # With its line feed
 )->None:
     "Append a line; an `OSError` if it is not written as a whole"
+    if self.fd is not None and _is_moved(self.fd, self.path):
+        os.close(self.fd)
+        self.fd = None
     if self.fd is None: self.fd = self.open()
     whole = b'\n' + line if self.torn else line
     written = os.write(self.fd, whole)

@@ -7,7 +7,7 @@ __all__ = ['Places', 'CallPool', 'Upload', 'upload_suffix', 'upload_source', 'up
            'compare_pools']
 
 # %% ../../nbs/967_serving.pool.ipynb #13a96a21
-import asyncio, tempfile, time
+import asyncio, logging, tempfile, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -170,6 +170,12 @@ def _decoded_there(job, workers, allowance):
     (found,) = decode(upload_pixels, [job], workers=workers, name=lambda job: 'image', allowance=allowance)
     return found
 
+# %% ../../nbs/967_serving.pool.ipynb #3c64ef89
+def _no_room(error):
+    "The refusal of a file that cannot be kept while it is decoded"
+    logging.getLogger('clot.serve').error('a file cannot be kept in %s: %s', tempfile.gettempdir(), error.strerror)
+    return Refusal('internal', 'The server could not keep the file while it is decoded; its log says more.')
+
 # %% ../../nbs/967_serving.pool.ipynb #862235f3
 @dataclass(frozen=True)
 class Decoder:
@@ -190,10 +196,12 @@ class Decoder:
     ):                                  # (S, S, 3) uint8, or a `Refusal`
         "The pixels of one upload"
         if not upload.data: return Refusal('unreadable', 'The file has no bytes.')
-        with upload_source(upload) as source:
-            job = preprocessing, source, self.limits
-            if not self.workers: found = _decoded_here(job)
-            else: found = _decoded_there(job, self.workers, self.allowance)
+        try:
+            with upload_source(upload) as source:
+                job = preprocessing, source, self.limits
+                if not self.workers: found = _decoded_here(job)
+                else: found = _decoded_there(job, self.workers, self.allowance)
+        except OSError as e: return _no_room(e)
         return image_refusal(found.error) if found.error else found.value
 
 # %% ../../nbs/967_serving.pool.ipynb #9ec8fafc
