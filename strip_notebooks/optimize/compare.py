@@ -58,6 +58,7 @@ class Change:
     log_loss:Estimate   # Weighted log loss of patients; below 0 is better
     calibration:Estimate    # Expected calibration error of patients; below 0 is better
 
+# %% ../../nbs/850_optimize.compare.ipynb #cd8111aa
 def _auc_change(y, p, q):
     "The difference of the AUC, and whether the rankings are the same"
     from scipy.stats import rankdata
