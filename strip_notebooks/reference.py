@@ -28,6 +28,7 @@ class Reference(BaseModel):
     "How the predictions for validation images are distributed"
     model_config = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
     images:int = Field(ge=1)                        # Validation images
+    patients:int|None = Field(None, ge=1)           # Their patients; None where that is not known
     predicted:list[float] = Field(min_length=2)     # Share of the images predicted as each class
     confidence:list[float] = _Shares                # Share of the images in each bin of the largest probability, 0 to 1
     outlier:list[float]|None = Field(None, min_length=bins, max_length=bins)   # The same of distance/limit, 0 to 2
@@ -38,9 +39,12 @@ def make_reference(
     predicted,          # (N,) the class that each is predicted as
     classes,            # Names of the C classes
     ratios=None,        # (N,) distance of each image divided by the limit for outliers; None without a limit
+    patients=None,      # (N,) the patient of each image; None where that is not known
 )->Reference:
     "The distribution of a model's predictions"
     p, predicted = np.asarray(probabilities, float), np.asarray(predicted)
     shares = [float((predicted == c).mean()) for c in classes]
     outlier = None if ratios is None else bin_shares(ratios, 2.)
-    return Reference(images=len(p), predicted=shares, confidence=bin_shares(p.max(1)), outlier=outlier)
+    several = None if patients is None else len(set(patients))
+    return Reference(images=len(p), patients=several, predicted=shares, confidence=bin_shares(p.max(1)),
+                     outlier=outlier)

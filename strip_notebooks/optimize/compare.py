@@ -16,7 +16,7 @@ from ..metrics.intervals import difference_estimates, expanded_level
 from ..metrics.values import metric_values
 from ..operating import predicted_class
 from ..predictions import aggregate_patients, classes_of, patient_arrays
-from ..statistics import Estimate, delong_paired, interval, resampled
+from ..statistics import Estimate, delong_paired, interval, newcombe_auc_interval, resampled
 
 # %% ../../nbs/850_optimize.compare.ipynb #a85496f8
 @dataclass(frozen=True)
@@ -58,10 +58,17 @@ class Change:
     log_loss:Estimate   # Weighted log loss of patients; below 0 is better
     calibration:Estimate    # Expected calibration error of patients; below 0 is better
 
+# %% ../../nbs/850_optimize.compare.ipynb #cd8111aa
 def _auc_change(y, p, q):
     "The difference of the AUC, and whether the rankings are the same"
-    change = delong_paired(y, q, p)[0]
-    return change, bool(change.value == 0 and np.isnan(change.low) and min(y.sum(), (1 - y).sum()) > 1)
+    from scipy.stats import rankdata
+    change, (m, n) = delong_paired(y, q, p)[0], np.bincount(y, minlength=2)[::-1]
+    if min(m, n) < 2: return change, False
+    if np.array_equal(rankdata(p), rankdata(q)): return change, True
+    if not np.isnan(change.low) or change.value: return change, False
+    value = metric_values(y, q)['roc_auc'][0]
+    low, _ = newcombe_auc_interval(value, m, n)
+    return Estimate(0., float(low - value), float(value - low)), False
 
 def _calibration_change(y, p, q, resampling):
     "The difference of the expected calibration error with its bootstrap interval"

@@ -19,8 +19,10 @@ from ..bundle import load_bundle
 from ..core import StripError
 from ..data.formats import write_image
 from ..optimize.latency import seconds_in_turns
+from ..processes import cpu_count
 from .pool import Decoder, Upload
 from .server import key_variable
+from .service import ServiceSettings
 
 # %% ../../nbs/978_serving.benchmarks.ipynb #035956bf
 _program = '''
@@ -168,20 +170,27 @@ def compare_loads(
     return out
 
 # %% ../../nbs/978_serving.benchmarks.ipynb #ebc808d6
+def _alike(folder):
+    "The number of calls at once of a server whose model calls have one thread, and the bundle as it loads it"
+    settings = ServiceSettings(folder, threads=cpu_count())
+    return settings.threads, load_bundle(folder, threads=settings.call_threads)
+
 def server_cost(
     folder,             # Of a bundle
     data:bytes,         # A picture
     repeats:int=100,    # Rounds that count
 )->tuple:               # Milliseconds: what is added in process and with a worker; and decoding and model alone
     "What a request costs beside decoding and the model call"
-    bundle, decoder = load_bundle(folder, threads=1), Decoder(0)
+    (calls, bundle), decoder = _alike(folder), Decoder(0)
     def bare(): return bundle.probabilities(decoder.pixels(Upload(data, '.png'), bundle.preprocessing)[None])
-    with (running_server(folder, threads=1, decoders=0) as a, running_server(folder, threads=1, decoders=1) as b,
+    with (running_server(folder, threads=calls, decoders=0) as a,
+          running_server(folder, threads=calls, decoders=1) as b,
           a.connect() as first, b.connect() as second):
         def through(stream, request): return lambda: ask(stream, request)
         ways = [bare, through(first, a.request(data)), through(second, b.request(data))]
-        alone, here, there = 1000*np.median(seconds_in_turns(ways, repeats), 0)
-    return here - alone, there - alone, alone
+        times = 1000*seconds_in_turns(ways, repeats)
+    here, there = np.median(times[:, 1:] - times[:, :1], 0)
+    return here, there, np.median(times[:, 0])
 
 # %% ../../nbs/978_serving.benchmarks.ipynb #d842d98f
 def compare_cost(

@@ -31,11 +31,12 @@ def chance_index(
     n:int,      # Recent images
     m:int,      # Validation images
     bins:int,   # Number of bins
+    each:float=1.,  # Images per patient
 )->float:       # 0 or more
     "The stability index that images like the validation images exceed once in a thousand windows"
     k, z = bins - 1, 3.0902
     quantile = k*(1 - 2/(9*k) + z*math.sqrt(2/(9*k)))**3
-    return (1/max(1, n) + 1/max(1, m))*quantile
+    return each*(1/max(1, n) + 1/max(1, m))*quantile
 
 # %% ../../nbs/966_serving.telemetry.ipynb #e1896e05
 _seconds = .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30
@@ -138,6 +139,12 @@ def _counts(recent, what, classes):
     values = confidences if what == 'confidence' else [r for r in ratios if r is not None]
     return np.array(bin_shares(values, 2. if what == 'outlier' else 1.))*len(values)
 
+def _sizes(reference):
+    "Validation images, and images per patient"
+    images = reference['images']
+    return images, images/(reference.get('patients') or images)
+
+# %% ../../nbs/966_serving.telemetry.ipynb #3ceb9988
 @patch
 def measure_drift(self:Telemetry)->None:
     "Compare the recent images with the validation images"
@@ -146,10 +153,10 @@ def measure_drift(self:Telemetry)->None:
     if len(self.recent) < _least: return
     bundle = self.bundle()
     for what, shares in _reference_of(bundle).items():
-        counts, m = _counts(self.recent, what, bundle.classes), bundle.spec['reference']['images']
+        counts, (m, each) = _counts(self.recent, what, bundle.classes), _sizes(bundle.spec['reference'])
         if counts.sum() < _least: continue
         self.drift.labels(what).set(stability_index(counts, np.array(shares)*m))
-        self.chance.labels(what).set(chance_index(counts.sum(), m, len(shares)))
+        self.chance.labels(what).set(chance_index(counts.sum(), m, len(shares), each))
 
 @patch
 def render(self:Telemetry)->bytes:  # Text in the format of Prometheus

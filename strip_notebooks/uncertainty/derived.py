@@ -113,7 +113,8 @@ def add_reference(
     found = predict_pixels(bundle, cache.images[cache.rows(val.image_id)])
     images = make_predictions(val[['image_id', 'patient_id']], found.probabilities, bundle.classes)
     predicted = predicted_class(images, bundle.positive, bundle.threshold)
-    reference = make_reference(found.probabilities, predicted, bundle.classes, found.distances).model_dump()
+    made = make_reference(found.probabilities, predicted, bundle.classes, found.distances, val.patient_id)
+    reference = made.model_dump()
     body, files = bundle_contents(folder)
     save_bundle(folder, {**body['spec'], 'reference': reference}, files, body['runtime'], body['kind'], body['parent'])
     return reference
