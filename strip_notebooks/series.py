@@ -71,15 +71,9 @@ def earlier_series(
     return [run for run in found if (run.path/'series.json').exists()
             and read_json(run.path/'series.json').get('identity') == identity]
 
-# %% ../nbs/903_series.ipynb #a832ec1b
-def open_series(
-    step:str,       # 'search' or 'batch'
-    parameters:dict,# What it is given
-    identity:str,   # A hash of what makes it the same series
-    workers:int=1,  # Parts that run at the same time, the first time
-    root=None,      # The folder of all runs; None is the workspace's runs/
-)->Series:
-    "The series with this identity that has not finished, or a new one; a `RunError` if another process works on it"
+# %% ../nbs/903_series.ipynb #d78ff8d8
+def _open(step, parameters, identity, workers, root):
+    "The series, while no other process opens it"
     unfinished = [run for run in earlier_series(step, identity, root) if run.state != 'finished']
     if unfinished:
         run = unfinished[-1]
@@ -89,3 +83,17 @@ def open_series(
     threads = max(1, thread_count()//workers)
     write_json(run.path/'series.json', dict(identity=identity, threads=threads, size=workers))
     return Series(run, threads, workers, False)
+
+# %% ../nbs/903_series.ipynb #a832ec1b
+def open_series(
+    step:str,       # 'search' or 'batch'
+    parameters:dict,# What it is given
+    identity:str,   # A hash of what makes it the same series
+    workers:int=1,  # Parts that run at the same time, the first time
+    root=None,      # The folder of all runs; None is the workspace's runs/
+)->Series:
+    "The series with this identity that has not finished, or a new one; a `RunError` if another process works on it"
+    from filelock import FileLock
+    root = Path(root or workspace()/'runs')
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root/f'.{step}-{identity[:16]}.lock'): return _open(step, parameters, identity, workers, root)
