@@ -6,7 +6,7 @@
 __all__ = ['normal_quantile', 'most_resamples', 'Estimate', 'cumulative_counts', 'auc', 'weighted_log_loss', 'prior_shift',
            'check_resamples', 'resample_blocks', 'bootstrap_weights', 'resampled', 'interval', 'bootstrap_interval',
            'wilson_interval', 'auc_variance', 'newcombe_auc_interval', 'log_odds_interval', 'auc_interval',
-           'delong_paired', 'holm', 'permutation_p']
+           'delong_paired', 'auc_difference_interval', 'holm', 'permutation_p']
 
 # %% ../nbs/030_statistics.ipynb #6364de70
 from typing import NamedTuple
@@ -292,6 +292,28 @@ def delong_paired(
     half = norm.ppf((1 + level)/2)*error
     estimate = Estimate(difference, float(max(-1, difference - half)), float(min(1, difference + half)))
     return estimate, float(2*norm.sf(abs(difference)/error))
+
+# %% ../nbs/030_statistics.ipynb #527c4aa5
+def _auc_correlation(y, p1, p2):
+    "DeLong's correlation of two AUCs on the same patients; 0 where one of them does not vary"
+    parts = [np.cov(a, b)/len(a) for a,b in zip(_placements(y, p1), _placements(y, p2))]
+    (one, both),(_, two) = sum(parts)
+    return both/np.sqrt(one*two) if one*two > 0 else 0.
+
+def auc_difference_interval(
+    y,          # (P,) 0 or 1
+    p1,         # (P,) scores of one model
+    p2,         # (P,) scores of another for the same patients
+)->Estimate:    # First AUC minus second; no interval if a class has fewer than two patients
+    "The difference of two AUCs, its interval made of those of both (MOVER, Zou and Donner 2008)"
+    y,p1,p2 = _binary(y, p1, p2)
+    a,b = auc_interval(y, p1),auc_interval(y, p2)
+    value = a.value - b.value
+    if np.isnan(a.low) or np.isnan(b.low): return Estimate(value, float('nan'), float('nan'))
+    r = _auc_correlation(y, p1, p2)
+    def joint(s, t): return np.sqrt(max(0, s**2 - 2*r*s*t + t**2))
+    below,above = joint(a.value - a.low, b.high - b.value),joint(a.high - a.value, b.value - b.low)
+    return Estimate(value, float(max(-1, value - below)), float(min(1, value + above)))
 
 # %% ../nbs/030_statistics.ipynb #01971fa2
 def holm(

@@ -28,6 +28,12 @@ def pytest_collection_modifyitems(items):
         del short[:count]
     items[:] = sum(shares, short)
 
+@pytest.fixture(autouse=True)
+def threads_for_the_next():
+    "A test that computes with more threads does not leave them to the next one"
+    yield
+    if WORKERS > 1 and 'torch' in sys.modules: sys.modules['torch'].set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+
 @pytest.fixture(scope='session')
 def root(): return ROOT
 

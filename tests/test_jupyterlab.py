@@ -13,7 +13,7 @@ from conftest import ROOT
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 EVERY = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 # the steps come last, in the order in which they build on each other
-ORDER = ['prepare', 'pretrain', 'train', 'crossval', 'derive', 'evaluate', 'explain', 'features', 'uncertainty', 'robustness', 'bias', 'optimize',
+ORDER = ['prepare', 'pretrain', 'train', 'search_trial', 'crossval', 'derive', 'evaluate', 'explain', 'features', 'uncertainty', 'robustness', 'bias', 'optimize',
          'report', 'benchmark']
 NEEDS_A_FILE = ['nbs/experiments/evaluate_table.ipynb']       # a table of someone else's predictions
 EVERY = [n for n in EVERY if n not in NEEDS_A_FILE]

@@ -16,7 +16,8 @@ from ..metrics.intervals import difference_estimates, expanded_level
 from ..metrics.values import metric_values
 from ..operating import predicted_class
 from ..predictions import aggregate_patients, classes_of, patient_arrays
-from ..statistics import Estimate, delong_paired, interval, newcombe_auc_interval, resampled
+from ..statistics import (Estimate, auc_difference_interval, delong_paired, interval,
+                                        newcombe_auc_interval, resampled)
 
 # %% ../../nbs/850_optimize.compare.ipynb #a85496f8
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class Change:
     calibration:Estimate    # Expected calibration error of patients; below 0 is better
 
 # %% ../../nbs/850_optimize.compare.ipynb #cd8111aa
-def _auc_change(y, p, q):
+def _auc_change(y, p, q, trained=False):
     "The difference of the AUC, and whether the rankings are the same"
     from scipy.stats import rankdata
+    if trained: return auc_difference_interval(y, q, p), False
     change, (m, n) = delong_paired(y, q, p)[0], np.bincount(y, minlength=2)[::-1]
     if min(m, n) < 2: return change, False
     if np.array_equal(rankdata(p), rankdata(q)): return change, True
@@ -85,6 +87,7 @@ def model_change(
     point:Point,            # Thresholds and aggregation
     n_resamples:int=2000,   # Bootstrap resamples of patients
     seed:int=0,             # Which resamples
+    trained:bool=False,     # Whether the weights were trained again
 )->Change:
     "What changes on the test set"
     share, largest = agreement(before, after, point)
@@ -92,7 +95,7 @@ def model_change(
     (y, p), (_, q) = (patient_arrays(t, point.positive) for t in tables)
     resampling = (n_resamples, seed, False)
     losses = difference_estimates(y, [(q, point.after, None), (p, point.before, None)], resampling)
-    auc, same = _auc_change(y, p, q)
+    auc, same = _auc_change(y, p, q, trained)
     return Change(len(before), len(y), int(min(y.sum(), (1 - y).sum())), share, largest, same, auc,
                   losses['weighted_log_loss'], _calibration_change(y, p, q, resampling))
 

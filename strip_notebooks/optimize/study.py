@@ -75,7 +75,7 @@ def _changes(kept, settings):
     def change(m):
         b = original.bundle
         point = Point(b.positive, b.threshold, m.bundle.threshold, b.how)
-        return model_change(tested(original), tested(m), point, settings.resamples, settings.seed)
+        return model_change(tested(original), tested(m), point, settings.resamples, settings.seed, m.trained)
     return {name: change(m) for name, m in kept.items()}
 
 # %% ../../nbs/870_optimize.study.ipynb #c38146e7

@@ -139,7 +139,7 @@ def _counts(recent, what, classes):
     values = confidences if what == 'confidence' else [r for r in ratios if r is not None]
     return np.array(bin_shares(values, 2. if what == 'outlier' else 1.))*len(values)
 
-def _sizes(reference):
+def _sample_sizes(reference):
     "Validation images, and images per patient"
     images = reference['images']
     return images, images/(reference.get('patients') or images)
@@ -153,7 +153,7 @@ def measure_drift(self:Telemetry)->None:
     if len(self.recent) < _least: return
     bundle = self.bundle()
     for what, shares in _reference_of(bundle).items():
-        counts, (m, each) = _counts(self.recent, what, bundle.classes), _sizes(bundle.spec['reference'])
+        counts, (m, each) = _counts(self.recent, what, bundle.classes), _sample_sizes(bundle.spec['reference'])
         if counts.sum() < _least: continue
         self.drift.labels(what).set(stability_index(counts, np.array(shares)*m))
         self.chance.labels(what).set(chance_index(counts.sum(), m, len(shares), each))
