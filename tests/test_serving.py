@@ -244,9 +244,11 @@ def slow_server(folder, *words, **more):
 
 def test_a_full_queue_and_a_deadline(tmp_path):
     with slow_server(tmp_path, '--queue', 2, '--deadline', 2) as server, ThreadPoolExecutor(4) as pool:
-        busy = [pool.submit(server.predict, shade(b)) for b in (100, 150)]
+        busy = [pool.submit(server.predict, shade(100))]
         server.wait_for(lambda: '100' in server.calls())
-        full = server.wait_for(lambda: (r := server.predict(shade(3))).status_code != 200 and r)
+        busy.append(pool.submit(server.predict, shade(150)))
+        server.wait_for(lambda: 'clot_in_flight 2.0' in server.http.get('/metrics').text)      # or a probe would take the place of the second
+        full = server.predict(shade(3))
         assert (full.status_code, full.json()['error']['code'], int(full.headers['retry-after'])) == (429, 'busy', 1)
         assert full.json()['error']['request_id'] == full.headers['x-request-id']
         assert [b.result().status_code for b in busy] == [200, 408] and busy[1].result().json()['error']['code'] == 'deadline'
