@@ -89,19 +89,24 @@ class Shared:
         return f'{arch}, {100*self.workshop.share:g} % of channels removed'
 
 # %% ../../nbs/860_optimize.variants.ipynb #d4d38a49
-def _head_fields(bundle, **fields):
-    "The fields of a draft whose head is that of an exported bundle"
-    return dict(head=bundle.spec['head'], **fields)
+def _fields(bundle, arch):
+    "The fields of a draft whose head is that of an exported bundle; another architecture has a name of its own"
+    return dict(head=bundle.spec['head'], **({'arch': arch} if arch else {}))
 
 def _quantized_words(q):
     "How a quantized network was made"
     kept = f'; in floats: {", ".join(q.left_out)}' if q.left_out else ''
     return f'static INT8, per channel, ranges by {q.method}{kept}'
 
-def _as_onnx(name, bundle, data, about, **how):
-    "A draft with another ONNX file in place of that of an exported bundle"
-    fields = _head_fields(bundle, **({'arch': how['arch']} if 'arch' in how else {}))
-    return Draft(name, {**parent_files(bundle), onnx_file: data}, 'onnx', about, fields, how.get('trained', False))
+def _as_onnx(name, bundle, data, about, arch=''):
+    "A draft with another ONNX file in place of that of an exported bundle; one with another architecture was trained"
+    files = {**parent_files(bundle), onnx_file: data}
+    return Draft(name, files, 'onnx', about, _fields(bundle, arch), bool(arch))
+
+def _rewritten(name, shared, rewrite, about):
+    "A draft whose ONNX file is that of the exported network, rewritten"
+    exported = shared.workshop.exported
+    return _as_onnx(name, exported, rewrite(parent_files(exported)[onnx_file]), f'ONNX Runtime, {about}')
 
 # %% ../../nbs/860_optimize.variants.ipynb #ca5b121c
 def onnx_draft(
@@ -124,18 +129,14 @@ def weights_draft(
     shared:Shared,  # Of one model
 )->Draft:
     "8-bit weights alone"
-    exported = shared.workshop.exported
-    data = quantize_weights(parent_files(exported)[onnx_file])
-    return _as_onnx('onnx-int8-weights', exported, data, 'ONNX Runtime, 8-bit weights, computed in floats')
+    return _rewritten('onnx-int8-weights', shared, quantize_weights, '8-bit weights, computed in floats')
 
 # %% ../../nbs/860_optimize.variants.ipynb #85c7f3e5
 def dynamic_draft(
     shared:Shared,  # Of one model
 )->Draft:
     "Dynamic INT8"
-    exported = shared.workshop.exported
-    data = quantize_dynamically(parent_files(exported)[onnx_file])
-    return _as_onnx('onnx-int8-dynamic', exported, data, 'ONNX Runtime, dynamic INT8')
+    return _rewritten('onnx-int8-dynamic', shared, quantize_dynamically, 'dynamic INT8')
 
 # %% ../../nbs/860_optimize.variants.ipynb #1ac097d4
 def pruned_draft(
@@ -144,7 +145,7 @@ def pruned_draft(
     "A pruned and fine-tuned network"
     data = parent_files(shared.pruned)[onnx_file]
     return _as_onnx('pruned', shared.pruned, data, 'channels removed, fine-tuned, ONNX Runtime, 32-bit floats',
-                    arch=shared.pruned_arch, trained=True)
+                    shared.pruned_arch)
 
 # %% ../../nbs/860_optimize.variants.ipynb #4a6b82e3
 def pruned_int8_draft(
@@ -153,7 +154,7 @@ def pruned_int8_draft(
     "A pruned and fine-tuned network in static INT8"
     q = shared.pruned_rounded
     return _as_onnx('pruned-int8', shared.pruned, q.data, f'channels removed, fine-tuned, {_quantized_words(q)}',
-                    arch=shared.pruned_arch, trained=True)
+                    shared.pruned_arch)
 
 # %% ../../nbs/860_optimize.variants.ipynb #c67fc49d
 def _torch_files(net, dtype=None):
@@ -182,11 +183,10 @@ def zeroed_draft(
     return Draft('zeroed', _torch_files(zeroed_network(w.bundle, w.share)), 'torch', about)
 
 # %% ../../nbs/860_optimize.variants.ipynb #2f822263
-def _as_openvino(name, bundle, files, about, **how):
-    "A draft with an OpenVINO model in place of the ONNX file of an exported bundle"
+def _as_openvino(name, bundle, files, about, arch=''):
+    "A draft with an OpenVINO model in place of the ONNX file of an exported bundle; see `_as_onnx`"
     others = {n: data for n, data in parent_files(bundle).items() if n != onnx_file}
-    fields = _head_fields(bundle, **({'arch': how['arch']} if 'arch' in how else {}))
-    return Draft(name, {**others, **files}, 'openvino', f'OpenVINO, {about}', fields, how.get('trained', False))
+    return Draft(name, {**others, **files}, 'openvino', f'OpenVINO, {about}', _fields(bundle, arch), bool(arch))
 
 # %% ../../nbs/860_optimize.variants.ipynb #80bb8342
 def _openvino_floats(name, shared, precision, about):
@@ -222,7 +222,7 @@ def pruned_openvino_draft(
     "A pruned and fine-tuned network with 8-bit convolutions in OpenVINO"
     files = openvino_int8(parent_files(shared.pruned)[onnx_file], shared.workshop.images.ranges)
     return _as_openvino('pruned-openvino-int8', shared.pruned, files, 'channels removed, fine-tuned, INT8 by NNCF',
-                        arch=shared.pruned_arch, trained=True)
+                        shared.pruned_arch)
 
 # %% ../../nbs/860_optimize.variants.ipynb #9675fbb4
 recipes = {'onnx': onnx_draft, 'onnx-int8': int8_draft, 'onnx-int8-weights': weights_draft,
