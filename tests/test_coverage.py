@@ -1,6 +1,7 @@
 """Do the intervals cover? Slow ones compute again what the library holds, and measure the memory: pytest -m slow tests/test_coverage.py"""
-import shutil
+import tempfile
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from strip_notebooks.metrics.coverage import coverage_table, interval_note, know
 from strip_notebooks.metrics.scores import scores
 from strip_notebooks.metrics.values import metric_values
 from strip_notebooks.predictions import aggregate_patients, make_predictions
+from strip_notebooks.processes import worker_results
 from strip_notebooks.splits import split_patients
 from strip_notebooks.statistics import auc_interval, resampled, wilson_interval
 from strip_notebooks.training.classifier import TrainConfig, train
@@ -63,24 +65,23 @@ def test_a_million_patients_take_less_than_two_gigabytes():
     assert peak < 2*2**30
 
 
-def null_interval(folder, seed):
+def null_interval(seed):
     "The interval of the AUC on the test patients of a null cohort, of a small network trained on the others"
     pre = Preprocessing(64)
-    cohort = split_patients(make_cohort(folder/'cohort', 'null', 200, 64, seed, workers=1), (.5, .15, .35), seed)
-    cache = build_cache(cohort, pre, folder/'cache', workers=1)
-    config = TrainConfig(epochs=3, batch_size=16, seed=seed, workers=0)
-    table = train(cohort, cache, pre, config, folder/'run').predictions
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cohort = split_patients(make_cohort(folder/'cohort', 'null', 200, 64, seed), (.5, .15, .35), seed)
+        cache = build_cache(cohort, pre, folder/'cache')
+        config = TrainConfig(epochs=3, batch_size=16, seed=seed, workers=0, device='cpu')
+        table = train(cohort, cache, pre, config, folder/'run').predictions
     patients = aggregate_patients(table[table.split == 'test'])
     return auc_interval(patients.label == 'LAA', patients.p_LAA)
 
 
 @pytest.mark.slow
-def test_where_there_is_nothing_to_learn_the_interval_covers_chance(tmp_path):
+def test_where_there_is_nothing_to_learn_the_interval_covers_chance():
     "Seeds 0 to 199: stain and size of pictures vary by center, and no label hangs on them"
-    intervals = []
-    for seed in range(200):
-        intervals.append(null_interval(tmp_path/str(seed), seed))
-        shutil.rmtree(tmp_path/str(seed))
+    intervals = list(worker_results(null_interval, range(200)))
     covered = sum(i.low <= .5 <= i.high for i in intervals)
     low, high = wilson_interval(covered, 200)
     print(f'{covered} of 200 intervals cover 0.5; mean AUC {np.mean([i.value for i in intervals]):.3f}')

@@ -247,7 +247,7 @@ def corruption_part(
         figures['gallery'] = gallery, 'One image under each corruption'
     metrics = dict(worst_change=float(c.ranking.value.iloc[0]), most_flips=float(c.flips.value.max()))
     if len(c.errors): metrics['mean_corruption_error'] = float(c.errors.value.iloc[-1])
-    return Part(said, tables, figures, metrics)
+    return Part([sentence for sentence in said if sentence], tables, figures, metrics)
 
 # %% ../../nbs/738_robustness.study.ipynb #a2b5a424
 def _nothing(estimate): return np.isnan(estimate.low) and estimate.value == 0
