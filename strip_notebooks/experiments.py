@@ -379,7 +379,7 @@ def _run_at(run, root):
 def _finished(run, steps):
     "`run`, if it is a finished one of one of the steps"
     if run.step not in steps:
-        raise ExperimentError(f'{run.name} is a run of {run.step!r}, and one of {" or ".join(steps)} is needed.')
+        raise ExperimentError(f'{run.name} is a run of {run.step!r}, and one of {", ".join(steps)} is needed.')
     if run.state == 'finished': return run
     advice = 'wait until it has finished' if run.state == 'running' else f'resume it with `{how_to_resume(run)}`'
     raise ExperimentError(f'{run.name} has not finished: it is {run.state}; {advice}, or name another run.')

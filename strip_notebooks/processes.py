@@ -34,8 +34,11 @@ def progress_style()->str: # 'widget', 'bar', 'lines' or 'none'
 # %% ../nbs/010_processes.ipynb #8b9a0976
 class _Lines:
     "A file that ends each of tqdm's redrawn lines instead"
+    last = ''
     def write(self, s):
-        if s.strip(): print(s.strip('\r\n '), flush=True)
+        line = s.strip('\r\n ')
+        if line and line != self.last: print(line, flush=True)      # tqdm writes the last line again when it closes
+        self.last = line or self.last
     def flush(self): pass
 
 # %% ../nbs/010_processes.ipynb #f6af1ada

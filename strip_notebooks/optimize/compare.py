@@ -59,6 +59,16 @@ class Change:
     log_loss:Estimate   # Weighted log loss of patients; below 0 is better
     calibration:Estimate    # Expected calibration error of patients; below 0 is better
 
+# %% ../../nbs/850_optimize.compare.ipynb #7b171a50
+def _pair_changed(y, p):
+    "How far the interval of the difference of the AUC would reach if the closest pair of both classes changed places"
+    ones, zeros, q = np.flatnonzero(y == 1), np.flatnonzero(y == 0), np.array(p, float)
+    gaps = np.abs(q[ones][:, None] - q[zeros])
+    i, j = np.unravel_index(np.where(gaps > 0, gaps, np.inf).argmin(), gaps.shape)
+    q[[ones[i], zeros[j]]] = q[[zeros[j], ones[i]]]
+    change = delong_paired(y, q, p)[0]
+    return max(-change.low, change.high)
+
 # %% ../../nbs/850_optimize.compare.ipynb #cd8111aa
 def _auc_change(y, p, q, trained=False):
     "The difference of the AUC, and whether the rankings are the same"
@@ -69,8 +79,8 @@ def _auc_change(y, p, q, trained=False):
     if np.array_equal(rankdata(p), rankdata(q)): return change, True
     if not np.isnan(change.low) or change.value: return change, False
     value = metric_values(y, q)['roc_auc'][0]
-    low, _ = newcombe_auc_interval(value, m, n)
-    return Estimate(0., float(low - value), float(value - low)), False
+    width = _pair_changed(y, p) if value < 1 else value - newcombe_auc_interval(value, m, n)[0]
+    return Estimate(0., float(-width), float(width)), False
 
 def _calibration_change(y, p, q, resampling):
     "The difference of the expected calibration error with its bootstrap interval"

@@ -165,8 +165,10 @@ def _patient_sentence(o):
     "What the recommended variant changes for the test patients"
     if not o.recommended: return ''
     row = _recommended_row(o)
-    return (f'{100*row.agreement:.1f} % of the test images keep their predicted class; the patient AUC changes by '
-            f'{_change_text(row, "AUC_change")}, the weighted log loss by {_change_text(row, "log_loss_change")}.')
+    auc = f'the patient AUC changes by {_change_text(row, "AUC_change")}'
+    if np.isnan(row.AUC_change_low): auc = 'the order of the patients stays the same, and with it the AUC'
+    loss = f'the weighted log loss changes by {_change_text(row, "log_loss_change")}'
+    return f'{100*row.agreement:.1f} % of the test images keep their predicted class; {auc}; {loss}.'
 
 # %% ../../nbs/870_optimize.study.ipynb #b6045cf2
 def optimize_sentences(

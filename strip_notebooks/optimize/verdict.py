@@ -57,8 +57,9 @@ class Gain:
 def _gain_verdict(gain):
     "The verdict that size and speed alone give, or None"
     if not gain.smaller and not gain.faster:
-        speed = f'{gain.single:.2f} times as fast for one image, {gain.batch:.2f} for a batch'
-        return Verdict(Decision.no_gain, f'neither smaller ({100*gain.size:.0f} % of the size) nor faster ({speed})')
+        size = f'no gain in size ({100*gain.size:.0f} % of the original)'
+        speed = f'{gain.single:.2f} times as fast for one image, {gain.batch:.2f} for a batch; both must be 1.1'
+        return Verdict(Decision.no_gain, f'{size} or in speed ({speed})')
     if gain.slower:
         where = 'one image' if gain.single < gain.batch else 'a batch'
         return Verdict(Decision.slower, f'slower than the original ({min(gain.single, gain.batch):.2f} times as fast '
@@ -75,9 +76,9 @@ def _patient_verdict(change):
         least = plural(least_patients, 'test patient')
         return Verdict(Decision.not_shown, f'not shown: a class has fewer than {least}')
     if change.same_ranking: return None
-    auc = estimate_text(change.auc, 3)
+    auc = estimate_text(change.auc, 3).replace(' (', ', ').rstrip(')')      # no parentheses within others
     if change.auc.high < 0 and change.auc.low < -margin:
-        return Verdict(Decision.worse, f'the AUC is lower, by {auc}')
+        return Verdict(Decision.worse, f'the AUC is lower ({auc})')
     if np.isnan(change.auc.low) or change.auc.low < -margin:
         return Verdict(Decision.not_shown, f'not shown: with {plural(change.patients, "test patient")}, an AUC that is '
                                            f'lower by more than {margin:g} is not excluded ({auc})')
