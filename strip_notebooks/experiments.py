@@ -252,9 +252,14 @@ def _stoppable(kernel):
         for number, before in heard.items(): signal.signal(number, before)
 
 # %% ../nbs/900_experiments.ipynb #64360a9e
+def _room_words(text):
+    "What to do where a message is about a full disk"
+    full = any(os.strerror(n) in text for n in (errno.ENOSPC, errno.EDQUOT))
+    return '; make room on the disk of the run and on that of temporary files' if full else ''
+
 def _reason(error, kernel):
     "What went wrong, without a full stop"
-    if hasattr(error, 'evalue'): return f'{error.ename}: {error.evalue}'
+    if hasattr(error, 'evalue'): return f'{error.ename}: {error.evalue}{_room_words(error.evalue)}'
     if 'Kernel died' in str(error) and kernel.process:
         last = kernel.output()[-1:]
         output = f'; its last output was {last[0]!r}' if last else ''

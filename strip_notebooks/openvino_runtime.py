@@ -6,7 +6,7 @@
 __all__ = ['openvino_files', 'precisions', 'import_openvino', 'openvino_bytes', 'compiled_model', 'OpenvinoRuntime']
 
 # %% ../nbs/319_openvino_runtime.ipynb #0718a312
-import threading
+import sys, threading
 
 import numpy as np
 from fastcore.basics import patch
@@ -21,6 +21,7 @@ precisions = ('f32', 'bf16')
 
 def import_openvino(): # The module
     "OpenVINO; a `BundleError` where it is not installed"
+    sys.modules.setdefault('openvino_telemetry', None)      # it would report to the internet
     try: import openvino
     except ImportError:
         raise BundleError('OpenVINO is not installed; install it with pip install strip-notebooks[openvino], '

@@ -8,7 +8,7 @@ __all__ = ['bundle_name', 'checkpoints_name', 'RunError', 'git_commit', 'process
            'list_runs', 'find_part']
 
 # %% ../nbs/040_runs.ipynb #82978f37
-import json, os, platform, secrets, subprocess, sys, warnings
+import json, os, platform, secrets, shutil, subprocess, sys, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -271,6 +271,7 @@ def resume(self:Run)->None:
         return replace(status, **asdict(Owner.this()), state='running', ended='', error='', attempts=attempts)
     _change(self, resumed)
     remove_temporaries(self.path)
+    if not (self.bundle/'bundle.json').exists(): shutil.rmtree(self.bundle, ignore_errors=True)
     if self.notebook.exists(): self.notebook.rename(self.path/f'notebook-{self.status.attempts - 1}.ipynb')
     if not (self.path/'environment.json').exists():
         write_json(self.path/'environment.json', environment(self.parameters.get('seed')))

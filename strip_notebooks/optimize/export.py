@@ -85,6 +85,7 @@ def export_onnx(
         path = Path(folder)/onnx_file
         try: torch.onnx.export(network, (example,), path, dynamo=True, dynamic_shapes=shapes, external_data=False,
                                input_names=['image'], output_names=names, verbose=False)
+        except OSError: raise       # of the disk, not of the network
         except Exception as e:      # the exporter's own classes, and whatever the network raises
             raise ExportError(f"{bundle.spec['arch']} cannot be expressed as ONNX: {_reason(e)}; "
                               'serve it with PyTorch, or choose another architecture.') from None

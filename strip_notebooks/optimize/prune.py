@@ -28,18 +28,19 @@ def pruned_network(
     share:float=.5,     # Of the channels of each layer that are removed, above 0 and below 1
     round_to:int=8,     # Channels are kept in multiples of this, which processors like
 ):                      # A PyTorch module in evaluation mode
-    "The network of a bundle with its weakest channels removed; a `PruningError` if its graph cannot be followed"
-    import torch, torch_pruning
+    "The network of a bundle with its weakest channels removed; a `PruningError` if that is not possible"
+    import torch, torch_pruning as tp
     if not 0 < share < 1: raise PruningError(f'A share of {share} is not between 0 and 1; 0.5 removes half.')
     net = copy.deepcopy(bundle.model).requires_grad_(True)
     example = torch.zeros(1, 3, *[bundle.preprocessing.size]*2)
-    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
-    try: torch_pruning.pruner.BasePruner(net, example, importance=importance, pruning_ratio=share, round_to=round_to,
-                                         ignored_layers=[net.get_classifier()]).step()
+    how = dict(importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=share)
+    try:
+        tp.pruner.BasePruner(net, example, round_to=round_to, ignored_layers=[net.get_classifier()], **how).step()
+        with torch.no_grad(): net.eval()(example)       # code that counts on a number of channels fails here
     except Exception as e:      # whatever the library meets in a graph that it does not know
-        raise PruningError(f"The channels of {bundle.spec['arch']} cannot be removed ({type(e).__name__}: "
-                           f'{str(e)[:120]}).') from None
-    return net.eval()
+        why = f'{type(e).__name__}: {str(e)[:120]}'
+        raise PruningError(f"The channels of {bundle.spec['arch']} cannot be removed ({why}).") from None
+    return net
 
 def weights_of_network(
     net,    # A PyTorch module

@@ -149,6 +149,7 @@ def quantize_onnx(
         try: quantize_static(before, after, image_reader(pixels), quant_format=QuantFormat.QDQ, **kinds,
                              op_types_to_quantize=[*_kinds, 'Relu'], nodes_to_exclude=exclude,
                              calibrate_method=getattr(CalibrationMethod, method), extra_options=options)
+        except OSError: raise       # of the disk, not of the network
         except Exception as e: raise QuantizationError(f'The network cannot be quantized: {_why(e)}.') from None
         return after.read_bytes()
 
@@ -240,5 +241,6 @@ def quantize_dynamically(
         before.write_bytes(data)
         try: quantize_dynamic(before, after, op_types_to_quantize=list(_kinds), weight_type=QuantType.QUInt8,
                               nodes_to_exclude=node_groups(data)['head'])
+        except OSError: raise       # of the disk, not of the network
         except Exception as e: raise QuantizationError(f'The network cannot be quantized: {_why(e)}.') from None
         return after.read_bytes()
