@@ -27,7 +27,7 @@ def openvino_network(
     return openvino_bytes(model, precision)
 
 # %% ../../nbs/814_optimize.openvino.ipynb #9f00e5b7
-_in_floats = ['Add', 'Subtract', 'Multiply', 'MatMul']      # Sums, normalization, and the classifier
+_in_floats = ['Add', 'BatchNormInference', 'MatMul']     # Sums, normalization, and the classifier
 
 @contextlib.contextmanager
 def _silent():
