@@ -138,15 +138,7 @@ def listening(
                             'Set MASTER_ADDR to an address of this machine and MASTER_PORT to a free port, the same '
                             'on all machines.') from None
 
-# %% ../../nbs/416_training.machines.ipynb #dd69c08a
-def _refusal(machines, hello, links):
-    "Why a helper cannot take part; empty if it can"
-    node = hello['node']
-    if hello['nodes'] != machines.nodes:
-        return f'The first machine was started with nodes={machines.nodes} and this one with nodes={hello["nodes"]}.'
-    if node in links: return f'Another machine with NODE_RANK={node} has come already; each needs its own.'
-    return '' if 0 < node < machines.nodes else f'NODE_RANK={node} must be from 1 to {machines.nodes - 1}.'
-
+# %% ../../nbs/416_training.machines.ipynb #6b8d842f
 def _hello(line, seconds):
     "What a machine says in its first line, if it is whole in time; None if a helper would not say it"
     text, until = b'', time.monotonic() + seconds
@@ -166,6 +158,15 @@ def _greet(line, arrived, seconds=5.):
     if hello is None: line.close()
     else: arrived.put((line, hello))
 
+# %% ../../nbs/416_training.machines.ipynb #dd69c08a
+def _refusal(machines, hello, links):
+    "Why a helper cannot take part; empty if it can"
+    node = hello['node']
+    if hello['nodes'] != machines.nodes:
+        return f'The first machine was started with nodes={machines.nodes} and this one with nodes={hello["nodes"]}.'
+    if node in links: return f'Another machine with NODE_RANK={node} has come already; each needs its own.'
+    return '' if 0 < node < machines.nodes else f'NODE_RANK={node} must be from 1 to {machines.nodes - 1}.'
+
 def _welcome(line, hello, machines, links, lines):
     "Add the link to a helper that has connected, if it is one of ours"
     line.settimeout(5)
@@ -184,7 +185,7 @@ def _forget_lost(links, lines):
     for said in [lines.get() for _ in range(lines.qsize())]:
         if said[0] in links.values(): lines.put(said)
 
-# %% ../../nbs/416_training.machines.ipynb #7d476488
+# %% ../../nbs/416_training.machines.ipynb #f519d37b
 def _await_all(server, machines, links, lines):
     "Add a link to each other machine; a `TrainingError` if one does not come"
     arrived, until = Queue(), time.monotonic() + machines.arrival
@@ -197,6 +198,7 @@ def _await_all(server, machines, links, lines):
         _forget_lost(links, lines)
         while not arrived.empty(): _welcome(*arrived.get(), machines, links, lines)
 
+# %% ../../nbs/416_training.machines.ipynb #7d476488
 def meet(
     machines:Machines,  # This one is the first
     lines:Queue,        # For the links
