@@ -1,7 +1,7 @@
 """Searches and batches under real faults: killed coordinators, killed workers, resumed, and wrong files.
 
 The quick tests use two tiny trials and small notebooks; the slow ones search on a demo cohort, and on two Dask workers."""
-import collections, os, signal, subprocess, sys, tempfile, time
+import collections, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import nbformat, psutil, pytest
@@ -105,6 +105,22 @@ def test_a_killed_search_continues_with_its_own_parameters(prepared):
     assert 'best of 2 trials' in prepared.clot('runs')[1]
     code, said = prepared.clot(*words)
     assert code == 0 and 'had finished with 2 trials' in said and len(prepared.runs('search')) == 1
+
+@pytest.mark.slow
+def test_the_best_trial_is_done_again_if_its_run_was_removed(prepared):
+    prepared.write('other.yaml', SMALL + 'seed: 7\n')
+    code, said = prepared.clot('search', 'other.yaml')
+    assert code == 0, said
+    first = prepared.runs('search')[-1]
+    table = first.table('trials')
+    best = table.loc[table.score.idxmin()]
+    shutil.rmtree(prepared.folder/'runs'/best.run)
+    code, said = prepared.clot('search', 'other.yaml', '--trials', '3')
+    assert code == 0 and f'the run of trial {best.trial}, the best, was removed' in said, said
+    again = prepared.runs('search')[-1].table('trials')
+    same = table.columns.difference(['run'])
+    assert again[:2][same].equals(table[same]) and len(again) == 3 and again.state.eq('finished').all()
+    assert all((prepared.folder/'runs'/run).is_dir() for run in again.run)
 
 WRONG = {'search: {train.lr: [0.1]}\nmetric: test_auc': 'test patients', 'search: {train.lrr: [0.1]}': "did you mean 'lr'",
          'search: {train.lr: []}': 'is empty', 'search: {train.lr: {low: 0.2, high: 0.1}}': 'is empty', 'search: {train.lr: [-1]}': 'lr=-1.0',
