@@ -182,7 +182,8 @@ def test_ctrl_c_stops_a_batch_and_its_jobs(place):
     while sum('begins' in (run.path/'log.txt').read_text() for run in place.runs('job') if (run.path/'log.txt').exists()) < 2: time.sleep(.05)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    assert process.wait(300) == 130, process.stdout.read()
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 130 and said.endswith(f"clot: {place.runs('batch')[0].name} was stopped; the same command continues it.\n"), said
     assert not psutil.wait_procs(children, timeout=60)[1]
     assert {run.state for run in [*place.runs('job'), *place.runs('batch')]} == {'interrupted'}
 

@@ -134,7 +134,8 @@ def listening(
     "A socket that waits for connections at one address of this machine"
     try: return socket.create_server((address, port))
     except OSError as e:
-        raise TrainingError(f'This machine has NODE_RANK=0 and cannot listen at {address}, port {port} ({e.strerror}). '
+        why = str(e.strerror).partition(' (while')[0]       # Python says the address again
+        raise TrainingError(f'This machine has NODE_RANK=0 and cannot listen at {address}, port {port} ({why}). '
                             'Set MASTER_ADDR to an address of this machine and MASTER_PORT to a free port, the same '
                             'on all machines.') from None
 
