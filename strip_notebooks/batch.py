@@ -127,9 +127,11 @@ def _work(jobs, series, engine, say):
             if answer.error: errors[k] = answer.error
             ended = f'failed: {answer.error}' if answer.error else f'finished: {answer.value}'
             say(f'[{done}/{len(jobs)}] job {k} ({jobs[k - 1].words()}) {ended}')
-    except BaseException:
-        series.run.finish('stopped', interrupted=True)
-        raise
+    except BaseException as e:
+        stopped = isinstance(e, KeyboardInterrupt)
+        series.run.finish('stopped' if stopped else str(e) or type(e).__name__, interrupted=True)
+        if not stopped: raise
+        raise KeyboardInterrupt(f'{series.run.name} was stopped; the same command continues it.', *e.args[1:]) from None
     return errors
 
 # %% ../nbs/904_batch.ipynb #75419e5d

@@ -7,8 +7,8 @@ __all__ = ['engine_names', 'Call', 'Answer', 'EngineError', 'make_call', 'serve_
            'dask_engine', 'slurm_cluster', 'slurm_engine', 'open_engine']
 
 # %% ../nbs/902_engines.ipynb #49613554
-import json, os, subprocess, sys, threading, time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import json, logging, os, platform, subprocess, sys, threading, time
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -92,7 +92,8 @@ def call_apart(
 )->Answer:
     "Make a call in a process of its own"
     if not Path(place).is_dir():
-        return Answer(error=f'{place} is not visible here; all machines of an engine must see the same files.')
+        raise EngineError(f'{place} is not visible on {platform.node()}; all machines of an engine must see the same '
+                          'files. Mount it there; the same command continues what is left.')
     for _ in range(attempts):
         answer, code, last = _one_attempt(call, place, stop)
         if answer is not None: return answer
@@ -134,6 +135,20 @@ class LocalEngine:
 # %% ../nbs/902_engines.ipynb #aa9e03a1
 _needs_cluster = 'This engine needs Dask; install it with `pip install strip-notebooks[cluster]`.'
 
+# %% ../nbs/902_engines.ipynb #16a3e9a9
+def _dask_answer(future):
+    "The answer of a call on a cluster; an `EngineError` if the cluster failed, which says nothing about the call"
+    try: return future.result()
+    except StripError: raise
+    except CancelledError:
+        raise EngineError('The Dask scheduler was lost before all work was done. Start it and its workers again; the '
+                          'same command continues what is left.') from None
+    except Exception as e:
+        what = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}'.rstrip('. ')
+        raise EngineError(f'No Dask worker could make a call ({what}). Start the workers again, with the same '
+                          'installation as here; the same command continues what is left.') from None
+
+# %% ../nbs/902_engines.ipynb #d8678bee
 class DaskEngine:
     "Calls on the workers of a Dask cluster"
     def __init__(self,
@@ -145,7 +160,7 @@ class DaskEngine:
     def run(self,
         calls,  # What to call
     ):
-        "Yield the position of each call and its `Answer`, in the order in which they end"
+        "Yield the position of each call and its `Answer`, in the order in which they end; an `EngineError` if none can"
         from distributed import as_completed as ended
         futures = {self.client.submit(call_apart, call, self.place, pure=False): k for k, call in enumerate(calls)}
         try:
@@ -157,11 +172,6 @@ class DaskEngine:
         self.client.close()
         if self.cluster is not None: self.cluster.close()
 
-def _dask_answer(future):
-    "The answer of a call on a cluster, or why there is none"
-    try: return future.result()
-    except Exception as e: return Answer(error=f'No worker could make the call: {type(e).__name__}: {e}')
-
 # %% ../nbs/902_engines.ipynb #a11e212c
 def dask_engine(
     address:str,    # Of the scheduler, such as tcp://host:8786
@@ -171,6 +181,7 @@ def dask_engine(
     if not address: raise EngineError('--engine dask needs --address, such as tcp://host:8786, of a Dask scheduler.')
     try: from distributed import Client
     except ImportError: raise EngineError(_needs_cluster) from None
+    logging.getLogger('distributed.client').setLevel(logging.CRITICAL)  # a lost scheduler becomes an `EngineError`
     try: return DaskEngine(Client(address, timeout=10), place)
     except (OSError, ValueError) as e:
         raise EngineError(f'No Dask scheduler answers at {address} ({type(e).__name__}); '

@@ -7,19 +7,20 @@ __all__ = ['Search', 'check_search', 'finished_search', 'open_search', 'held_out
            'run_search']
 
 # %% ../nbs/906_searches.ipynb #bdfaf61b
-import errno, os
+import errno, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from .core import StripError, content_hash, listing, plural, read_json, write_json, write_text
+from .core import StripError, atomic_path, content_hash, listing, plural, read_json, write_json
+from .core import write_text
 from .engines import Answer, open_engine
 from .experiments import check_names, find_run, remove_leftovers
 from .runs import Run, find_part, workspace
 from .search.space import SearchPlan, TrialConfig, fixed_values, read_plan, read_space
-from .search.trials import (TrialResult, best_trial, cut_note, next_round, open_study,
-                                           record_trial, stopping_limits, total_trials, trial_table, version_note)
+from .search.trials import (TrialResult, best_trial, cut_note, next_round, open_study, record_trial,
+                                           reopen_trial, stopping_limits, total_trials, trial_table, version_note)
 from .series import Series, earlier_series, open_series
 from .settings import step_settings
 
@@ -63,14 +64,24 @@ def finished_search(
     done = [r for r in earlier_series('search', _identity(plan), root) if r.state == 'finished']
     return (done[-1], done[-1].metrics['trials'] >= total_trials(plan, space)) if done else (None, False)
 
+# %% ../nbs/906_searches.ipynb #c26d74de
+def _copy_journal(journal, copy, name, plan):
+    "Copy the journal of an earlier search; a `StripError` if it is corrupt"
+    with atomic_path(copy) as part:
+        shutil.copyfile(journal, part)
+        try: open_study(part, plan)
+        except StripError:
+            raise StripError(f'The journal {journal} is corrupt. Put it back from a copy; or remove the run {name}, '
+                             'and the same command does all trials again.') from None
+
 # %% ../nbs/906_searches.ipynb #42644c89
 _journals = 'journals'      # The folder of the journals in the run of a search
 
-def _inherit(series, earlier):
+def _inherit(series, earlier, plan):
     "Begin a search with the journals of an earlier one; its rounds keep their size"
     for journal in (earlier.path/_journals).glob('*.log'):
         copy = series.run.path/_journals/journal.name
-        if not copy.exists(): write_text(copy, journal.read_text(encoding='utf-8'))
+        if not copy.exists(): _copy_journal(journal, copy, earlier.name, plan)
     old = read_json(earlier.path/'series.json')
     write_json(series.run.path/'series.json', {**read_json(series.run.path/'series.json'), 'size': old['size']})
     if 'prepare' in earlier.links and 'prepare' not in series.run.links: series.run.link(earlier.links['prepare'])
@@ -84,7 +95,7 @@ def open_search(
     "The unfinished search, or a new one"
     series = open_series('search', plan.model_dump(), _identity(plan), workers, root)
     earlier = [r for r in earlier_series('search', _identity(plan), root) if r.state == 'finished']
-    return _inherit(series, earlier[-1]) if earlier else series
+    return _inherit(series, earlier[-1], plan) if earlier else series
 
 # %% ../nbs/906_searches.ipynb #9c5bb89f
 def held_out_patients(
@@ -243,17 +254,33 @@ def report(self:Search,
     self.say(line)
 
 # %% ../nbs/906_searches.ipynb #7b63e00d
+def _lost_best(study, root):
+    "The number of the best trial, if its run was removed; None otherwise"
+    from optuna.trial import TrialState
+    finished = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    if not finished: return None
+    sign = -1 if study.direction.name == 'MAXIMIZE' else 1
+    best = min(finished, key=lambda t: (sign*t.value, t.number))        # the first of the best, as in `best_trial`
+    return None if (Path(root)/best.user_attrs.get('run', '')).is_dir() else best.number
+
+# %% ../nbs/906_searches.ipynb #7df0b3f9
 @patch
 def run_study(self:Search,
     name:str='main',    # main, or outer0 and so on for the searches without an outer fold
 ):                      # The finished study
     "Do all trials of a study that are left"
-    study = open_study(self.run.path/_journals/f'{name}.log', self.plan)
+    journal = self.run.path/_journals/f'{name}.log'
+    study = open_study(journal, self.plan)
     if note := version_note(study): self.report(note)
     done = sum(t.state.is_finished() for t in study.trials)
     if done: self.report(f'{name}: {plural(done, "trial")} had finished.')
-    while trials := next_round(study, self.plan, self.space, self.series.size): self.run_round(study, trials, name)
-    return study
+    while True:
+        while trials := next_round(study, self.plan, self.space, self.series.size):
+            self.run_round(study, trials, name)
+        lost = _lost_best(study, self.series.root)
+        if lost is None: return study
+        self.report(f'{name}: the run of trial {lost}, the best, was removed; the trial is done again.')
+        study = reopen_trial(journal, self.plan, lost)
 
 # %% ../nbs/906_searches.ipynb #965adaa3
 def check_outer(

@@ -1,7 +1,7 @@
 """Searches and batches under real faults: killed coordinators, killed workers, resumed, and wrong files.
 
 The quick tests use two tiny trials and small notebooks; the slow ones search on a demo cohort, and on two Dask workers."""
-import collections, os, signal, subprocess, sys, tempfile, time
+import collections, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import nbformat, psutil, pytest
@@ -106,6 +106,22 @@ def test_a_killed_search_continues_with_its_own_parameters(prepared):
     code, said = prepared.clot(*words)
     assert code == 0 and 'had finished with 2 trials' in said and len(prepared.runs('search')) == 1
 
+@pytest.mark.slow
+def test_the_best_trial_is_done_again_if_its_run_was_removed(prepared):
+    prepared.write('other.yaml', 'sampler: grid\ntrials: 2\nfixed: {train.epochs: 1, train.policy: none}\nsearch: {train.lr: [0.001, 0.0001, 1.0]}\n')
+    code, said = prepared.clot('search', 'other.yaml')
+    assert code == 0, said
+    first = prepared.runs('search')[-1]
+    table = first.table('trials')
+    best = table.loc[table.score.idxmin()]                                  # the third, with lr=1, is worse
+    shutil.rmtree(prepared.folder/'runs'/best.run)
+    code, said = prepared.clot('search', 'other.yaml', '--trials', '3')
+    assert code == 0 and f'the run of trial {best.trial}, the best, was removed' in said, said
+    again = prepared.runs('search')[-1].table('trials')
+    same = table.columns.difference(['run'])
+    assert again[:2][same].equals(table[same]) and len(again) == 3 and again.state.eq('finished').all()
+    assert all((prepared.folder/'runs'/run).is_dir() for run in again.run)
+
 WRONG = {'search: {train.lr: [0.1]}\nmetric: test_auc': 'test patients', 'search: {train.lrr: [0.1]}': "did you mean 'lr'",
          'search: {train.lr: []}': 'is empty', 'search: {train.lr: {low: 0.2, high: 0.1}}': 'is empty', 'search: {train.lr: [-1]}': 'lr=-1.0',
          'search: {prepare.test_ratio: [0.1, 0.2]}': 'which patients', 'search: {train.lr: [0.1]}\ntrails: 3': "did you mean 'trials'",
@@ -166,7 +182,8 @@ def test_ctrl_c_stops_a_batch_and_its_jobs(place):
     while sum('begins' in (run.path/'log.txt').read_text() for run in place.runs('job') if (run.path/'log.txt').exists()) < 2: time.sleep(.05)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    assert process.wait(300) == 130, process.stdout.read()
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 130 and said.endswith(f"clot: {place.runs('batch')[0].name} was stopped; the same command continues it.\n"), said
     assert not psutil.wait_procs(children, timeout=60)[1]
     assert {run.state for run in [*place.runs('job'), *place.runs('batch')]} == {'interrupted'}
 
@@ -197,6 +214,31 @@ def test_a_batch_on_two_workers_of_which_one_is_killed(place, cluster):
     assert process.returncode == 0, said
     assert [(place.folder/f'done{n}').read_text() for n in range(4)] == ['.']*4      # none lost, none double
     assert len(place.runs('job')) == 4 and max(run.status.attempts for run in place.runs('job')) == 2
+
+CLUSTER = '''from distributed import LocalCluster
+if __name__ == '__main__':
+    with LocalCluster(n_workers=1, threads_per_worker=1, host='127.0.0.1', dashboard_address='127.0.0.1:0') as found:
+        print(found.scheduler_address, flush=True)
+        input()
+'''
+
+@pytest.mark.slow
+def test_a_search_whose_scheduler_is_killed_loses_no_trial(prepared):
+    distributed()
+    prepared.write('cluster.py', CLUSTER)
+    prepared.write('third.yaml', SMALL + 'seed: 9\n')
+    scheduler = subprocess.Popen([sys.executable, 'cluster.py'], cwd=prepared.folder, env=prepared.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    address, before = scheduler.stdout.readline().strip(), len(prepared.runs('search_trial'))
+    process = prepared.start('search', 'third.yaml', '--engine', 'dask', '--address', address)
+    while len(prepared.runs('search_trial')) == before and process.poll() is None: time.sleep(.05)
+    scheduler.kill()
+    said = process.communicate(timeout=300)[0]
+    scheduler.communicate()
+    assert process.returncode == 2 and said.splitlines()[-1] == (
+        'clot: The Dask scheduler was lost before all work was done. Start it and its workers again; the same command continues what is left.'), said
+    code, said = prepared.clot('search', 'third.yaml')
+    assert code == 0, said
+    checked_search(prepared, prepared.runs('search')[-1], 2)
 
 DEMO = '''metric: validation_auc
 startup: 4

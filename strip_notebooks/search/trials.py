@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['repair_journal', 'open_study', 'version_note', 'draw_parameters', 'total_trials', 'next_round', 'cut_note',
-           'TrialResult', 'record_trial', 'stopping_limits', 'trial_table', 'best_trial']
+           'TrialResult', 'record_trial', 'stopping_limits', 'trial_table', 'reopen_trial', 'best_trial']
 
 # %% ../../nbs/455_search.trials.ipynb #d3771220
 import os, warnings
@@ -217,6 +217,26 @@ def trial_table(
     best = finished.cummax() if study.direction.name == 'MAXIMIZE' else finished.cummin()
     table.insert(3, 'best', best.ffill())
     return table
+
+# %% ../../nbs/455_search.trials.ipynb #a6c8d607
+def reopen_trial(
+    path,               # The journal of a search that no process is writing
+    plan:SearchPlan,    # The search
+    number:int,         # Of a finished trial
+):                      # The study, in which the trial is unfinished
+    "Take back the result of a trial, so that it is done again under its number"
+    from optuna.trial import TrialState, create_trial
+    path = Path(path).resolve()
+    new = path.with_suffix('.new')
+    new.unlink(missing_ok=True)
+    old, study = open_study(path, plan), open_study(new, plan)
+    for name, value in old.user_attrs.items(): study.set_user_attr(name, value)
+    trials = list(_trials(old))
+    taken = trials[number]
+    trials[number] = create_trial(state=TrialState.RUNNING, params=taken.params, distributions=taken.distributions)
+    study.add_trials(trials)
+    os.replace(new, path)
+    return open_study(path, plan)
 
 # %% ../../nbs/455_search.trials.ipynb #76b40e73
 def best_trial(

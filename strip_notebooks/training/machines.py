@@ -66,6 +66,7 @@ class Link:
         self.reader = line.makefile(encoding='utf-8', errors='replace')
         self.name, self.lost = 'The other machine', 'has ended or cannot be reached any more'
         self.awaited = False            # whether this machine waits until the other has ended
+        self.ended = False              # whether the other says no more, and all it said is passed on
         self.over = threading.Event()   # set when either has said all
         self.lock = threading.Lock()
 
@@ -91,6 +92,7 @@ def listen(self:Link)->None:
     except (OSError, ValueError): pass      # the line was cut
     self.lines.put((self, None))
     self.line.close()
+    self.ended = True
 
 @patch
 def pulse(self:Link)->None:
@@ -113,8 +115,9 @@ def take(self:Link,
 )->dict:        # The message
     "Note that the other has ended; a `TrainingError` if it failed or is lost"
     try: message = json.loads(text) if text else {}
-    except ValueError: message = {}
-    if message.get('error'): raise TrainingError(message['error'])
+    except (ValueError, RecursionError): message = {}
+    if not isinstance(message, dict): message = {}
+    if message.get('error'): raise TrainingError(str(message['error']))
     if message.get('ended'):
         self.awaited = False
         self.over.set()
@@ -131,9 +134,30 @@ def listening(
     "A socket that waits for connections at one address of this machine"
     try: return socket.create_server((address, port))
     except OSError as e:
-        raise TrainingError(f'This machine has NODE_RANK=0 and cannot listen at {address}, port {port} ({e.strerror}). '
+        why = str(e.strerror).partition(' (while')[0]       # Python says the address again
+        raise TrainingError(f'This machine has NODE_RANK=0 and cannot listen at {address}, port {port} ({why}). '
                             'Set MASTER_ADDR to an address of this machine and MASTER_PORT to a free port, the same '
                             'on all machines.') from None
+
+# %% ../../nbs/416_training.machines.ipynb #6b8d842f
+def _hello(line, seconds):
+    "What a machine says in its first line, if it is whole in time; None if a helper would not say it"
+    text, until = b'', time.monotonic() + seconds
+    try:
+        while not text.endswith(b'\n') and len(text) < 200:
+            line.settimeout(max(until - time.monotonic(), .001))
+            text += line.recv(1) or b'\n'
+            if time.monotonic() > until: return None
+        hello = json.loads(text)
+    except (OSError, ValueError, RecursionError): return None
+    numbers = isinstance(hello, dict) and all(type(hello.get(k)) is int for k in ('node', 'nodes'))
+    return hello if numbers else None
+
+def _greet(line, arrived, seconds=5.):
+    "Hear a connection and pass it on, if it is from a helper; each in a thread, so that a slow one delays no other"
+    hello = _hello(line, seconds)
+    if hello is None: line.close()
+    else: arrived.put((line, hello))
 
 # %% ../../nbs/416_training.machines.ipynb #dd69c08a
 def _refusal(machines, hello, links):
@@ -144,13 +168,10 @@ def _refusal(machines, hello, links):
     if node in links: return f'Another machine with NODE_RANK={node} has come already; each needs its own.'
     return '' if 0 < node < machines.nodes else f'NODE_RANK={node} must be from 1 to {machines.nodes - 1}.'
 
-def _welcome(line, machines, links, lines):
-    "Add the link to a machine that has connected, if it is one of ours"
+def _welcome(line, hello, machines, links, lines):
+    "Add the link to a helper that has connected, if it is one of ours"
     line.settimeout(5)
     link = Link(line, lines, machines.silence)
-    try: hello = {k: int(v) for k,v in json.loads(link.reader.readline(200)).items()}
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError): return line.close()
-    if not {'node', 'nodes'} <= set(hello): return line.close()
     if (why := _refusal(machines, hello, links)):
         link.send(error=why)
         return link.close()
@@ -158,22 +179,42 @@ def _welcome(line, machines, links, lines):
     link.awaited = True
     links[hello['node']] = link
 
+def _forget_lost(links, lines):
+    "Forget helpers that have ended, and what they said: they can come again"
+    lost = [node for node, link in links.items() if link.ended]
+    for node in lost: links.pop(node).over.set()
+    for said in [lines.get() for _ in range(lines.qsize())]:
+        if said[0] in links.values(): lines.put(said)
+
+# %% ../../nbs/416_training.machines.ipynb #f519d37b
+def _await_all(server, machines, links, lines):
+    "Add a link to each other machine; a `TrainingError` if one does not come"
+    arrived, until = Queue(), time.monotonic() + machines.arrival
+    while len(links) < machines.nodes - 1:
+        if time.monotonic() > until:
+            missing = next(n for n in range(1, machines.nodes) if n not in links)
+            raise TrainingError(f'{machines.name(missing)} has not come within {machines.arrival:g} s; '
+                                'start the same command there.')
+        with suppress(OSError): threading.Thread(target=_greet, args=(server.accept()[0], arrived), daemon=True).start()
+        _forget_lost(links, lines)
+        while not arrived.empty(): _welcome(*arrived.get(), machines, links, lines)
+
 # %% ../../nbs/416_training.machines.ipynb #7d476488
 def meet(
     machines:Machines,  # This one is the first
     lines:Queue,        # For the links
 )->list:                # A `Link` to each other machine
     "On the first machine: wait for all others; a `TrainingError` that names the one that does not come"
-    links, until = {}, time.monotonic() + machines.arrival
+    links = {}
     with listening(machines.address, machines.port) as server:
-        server.settimeout(.5)
+        server.settimeout(.1)
         print(f'waiting for {plural(machines.nodes - 1, "other machine")}', flush=True)
-        while len(links) < machines.nodes - 1:
-            if time.monotonic() > until:
-                missing = next(n for n in range(1, machines.nodes) if n not in links)
-                raise TrainingError(f'{machines.name(missing)} has not come within {machines.arrival:g} s; '
-                                    'start the same command there.')
-            with suppress(TimeoutError): _welcome(server.accept()[0], machines, links, lines)
+        try: _await_all(server, machines, links, lines)
+        except BaseException as e:
+            for link in links.values():
+                link.send(error=str(e))
+                link.close()
+            raise
     return list(links.values())
 
 # %% ../../nbs/416_training.machines.ipynb #e4590574
