@@ -474,9 +474,9 @@ def lend_processes(
 )->bool:            # Whether this is such a machine
     "On another machine than the first of a training, lend its processes to it until it has ended"
     if values.get('nodes', 1) == 1 or path != experiment_paths().get('train'): return False
-    from strip_notebooks.training.machines import this_machine
+    from strip_notebooks.training.machines import which_machine
     from strip_notebooks.training.processes import join_together
-    machines = this_machine(values['nodes'])
+    machines = which_machine(values['nodes'])
     if not machines.node: return False
     print(f'{machines.name(machines.node)} lends its processes; the run is on the first machine.', flush=True)
     join_together(machines)

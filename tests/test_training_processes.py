@@ -135,9 +135,9 @@ def test_members_end_with_a_killed_script(cohort, tmp_path):
 
 # Two machines, both played by this one
 
-HELPER = """from strip_notebooks.training.machines import this_machine
+HELPER = """from strip_notebooks.training.machines import which_machine
 from strip_notebooks.training.processes import join_together
-join_together(this_machine(2))"""
+join_together(which_machine(2))"""
 
 def first_machine():
     "The environment of the first machine, with a port that is free"

@@ -39,7 +39,7 @@ from ..predictions import aggregate_patients, chosen_positive, make_predictions,
 from ..statistics import auc, weighted_log_loss
 from .config import TrainConfig, TrainerConfig, make_config
 from .losses import TrainingError, loss_weight, make_loss, taught_prior
-from .machines import this_machine
+from .machines import which_machine
 from .processes import Place, check_devices, run_together, tell
 from .trainer import Task, Trainer, best_epoch, deterministic, pick_device, pick_precision
 
@@ -518,14 +518,14 @@ def train_together(
         for function in on_epoch: function(table)
     with _job_file(trainer) as job:
         run_together('strip_notebooks.training.classifier:train_member', dict(job=job), trainer.device, config.devices,
-                     report, this_machine(config.nodes))
+                     report, which_machine(config.nodes))
 
 # %% ../../nbs/430_training.classifier.ipynb #1985b1c6
 def _check_first(nodes):
     "A `TrainingError` on another machine than the first of several"
-    machines = this_machine(nodes)
+    machines = which_machine(nodes)
     if not machines.node: return
-    raise TrainingError(f'{machines.name(machines.node)} only helps: call `join_together(this_machine({nodes}))` here, '
+    raise TrainingError(f'{machines.name(machines.node)} only helps: call `join_together(which_machine({nodes}))` here '
                         'and `train` on the first machine.')
 
 # %% ../../nbs/430_training.classifier.ipynb #de14a869
