@@ -57,5 +57,6 @@ def openvino_int8(
             model = nncf.quantize(ov.Core().read_model(data), images, preset=nncf.QuantizationPreset.MIXED,
                                   subset_size=len(pixels), ignored_scope=floats)
             return openvino_bytes(model)
+    except OSError: raise               # of the disk, not of the network
     except Exception as e:
         raise QuantizationError(f'NNCF cannot quantize the network: {str(e).splitlines()[0][:200]}.') from None

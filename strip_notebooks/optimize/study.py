@@ -21,7 +21,7 @@ from .compare import Point, change_figure, model_change
 from .latency import measured_speeds
 from .machine import this_machine
 from .refit import write_optimized
-from .variants import Shared, Workshop, check_variants, recipes, rivals
+from .variants import Workshop, check_variants, recipes, rivals
 from .verdict import Decision, Gain, Verdict, against_rival, judged, recommended_one
 from ..parts import Part
 from ..processes import progress
@@ -39,17 +39,17 @@ class Made:
     notes:list          # Sentences: why it was not made, or what it lacks
 
 def make_variant(
-    shared:Shared,          # Of the original
+    workshop:Workshop,      # Of the original
     name:str,               # One of `recipes`
     folder,                 # Of all variants
     threads:int|None=None,  # Of one call; None asks the machine
 )->Made:
     "Make a variant, write it, read it back and run it on every image of the cohort"
-    w = shared.workshop
+    cohort, cache = workshop.cohort, workshop.cache
     try:
-        draft = recipes[name](shared)
-        bundle, notes = write_optimized(w.bundle, draft, Path(folder)/name, w.cohort, w.cache, threads)
-        predictions = predict_cohort(bundle, w.cohort, w.cache)
+        draft = recipes[name](workshop)
+        bundle, notes = write_optimized(workshop.bundle, draft, Path(folder)/name, cohort, cache, threads)
+        predictions = predict_cohort(bundle, cohort, cache)
     except StripError as e: return Made(name, '', None, None, False, [str(e)])
     return Made(name, draft.about, bundle, predictions, draft.trained, notes)
 
@@ -134,10 +134,10 @@ def optimized_variants(
 )->Optimized:
     "Make, measure, compare and judge; refused variants are removed from `folder`"
     names, machine = check_variants(settings.variants), this_machine(threads or 0)
-    shared = Shared(Workshop(bundle, cohort, cache, settings.images, settings.share, settings.epochs, settings.seed))
+    workshop = Workshop(bundle, cohort, cache, settings.images, settings.share, settings.epochs, settings.seed)
     original = Made('original', 'PyTorch, 32-bit floats', bundle, predict_cohort(bundle, cohort, cache), False, [])
     variants = progress(names, 'variants')
-    made = {'original': original} | {n: make_variant(shared, n, folder, threads) for n in variants}
+    made = {'original': original} | {n: make_variant(workshop, n, folder, threads) for n in variants}
     kept = {name: m for name, m in made.items() if m.bundle is not None}
     test = cohort[cohort.split == 'test']
     pixels = np.array(cache.images[cache.rows(test.image_id[:32])])
