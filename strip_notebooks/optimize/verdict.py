@@ -76,12 +76,12 @@ def _patient_verdict(change):
         least = plural(least_patients, 'test patient')
         return Verdict(Decision.not_shown, f'not shown: a class has fewer than {least}')
     if change.same_ranking: return None
-    auc = estimate_text(change.auc, 3).replace(' (', ', ').rstrip(')')      # no parentheses within others
+    auc = f'it changes by {estimate_text(change.auc, 3)}'
     if change.auc.high < 0 and change.auc.low < -margin:
-        return Verdict(Decision.worse, f'the AUC is lower ({auc})')
+        return Verdict(Decision.worse, f'the AUC is lower: {auc}')
     if np.isnan(change.auc.low) or change.auc.low < -margin:
         return Verdict(Decision.not_shown, f'not shown: with {plural(change.patients, "test patient")}, an AUC that is '
-                                           f'lower by more than {margin:g} is not excluded ({auc})')
+                                           f'lower by more than {margin:g} is not excluded: {auc}')
     return None
 
 # %% ../../nbs/854_optimize.verdict.ipynb #ea5ab0cf
