@@ -484,7 +484,7 @@ def _images_in(folder):
     shallow = sum(not deep[f] for f in files)
     if shallow:
         raise CohortError(f'{shallow} of {plural(len(files), "image")} in {folder} without a folder of a patient; '
-                          'the layout is LABEL/patient/image.')
+                          'the layout is LABEL/patient/image, or give a CSV with image_id, patient_id and label.')
     ignored = _ignored(folder, [f for f in found if deep[f]], files)
     if not files:
         endings = ', '.join(image_suffixes)
