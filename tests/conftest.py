@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start inherits that: tests that press it need it back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = ['test_studies', 'test_search', 'test_command_line', 'test_runs', 'test_crossval', 'test_docs', 'test_explore', 'test_kills', 'test_baselines']   # then the chapters
+LONGEST = ['test_coverage', 'test_studies', 'test_search', 'test_command_line', 'test_runs', 'test_crossval', 'test_docs', 'test_explore', 'test_kills', 'test_baselines']   # then the chapters
 
 @pytest.hookimpl(trylast=True)      # after the slow ones were left out
 def pytest_collection_modifyitems(items):
