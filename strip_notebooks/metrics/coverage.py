@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from .intervals import difference_estimates, metric_estimates
+from .intervals import paired_estimates
 from .values import metric_names, metric_values
 from ..processes import parallel_map
 
@@ -79,11 +79,11 @@ def _one_cohort(setting, resampling, truths, rng):
     n,prevalence,auc = setting
     y,z,p = random_cohort(n, prevalence, auc, rng)
     q = _second_model(y, z, prevalence, auc, rng)
-    single = metric_estimates(y, p, np.arange(n), prevalence, prevalence, resampling)
     models = (p, prevalence, prevalence), (q, prevalence, prevalence)
+    single,paired = paired_estimates(y, models, resampling)
     between = {name: truths[0][name] - truths[1][name] for name in metric_names}
-    paired = _covers(difference_estimates(y, models, resampling), between)
-    return dict(_covers(single, truths[0]), **{f'difference of {name}': c for name,c in paired.items()})
+    differences = {f'difference of {name}': c for name,c in _covers(paired, between).items()}
+    return dict(_covers(single, truths[0]), **differences)
 
 # %% ../../nbs/504_metrics.coverage.ipynb #6b93a1e1
 def simulate(

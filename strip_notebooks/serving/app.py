@@ -311,14 +311,15 @@ def add_routes(
     def add(path, endpoint, method='GET', model=None, key=True, **more):
         app.add_api_route(path, endpoint, methods=[method], response_model=model, responses=_answers,
                           dependencies=[_key] if key else [], **more)
-    add('/predict', predict, 'POST', ImageAnswer)
-    add('/batch_predict', batch_predict, 'POST', BatchAnswer)
-    add('/health', health, model=Health, key=False)
-    add('/ready', ready, model=Ready, key=False)
-    add('/model', model, model=dict)
+    predictions, server = dict(tags=['Predictions']), dict(tags=['Model and server'])     # headings in /docs
+    add('/predict', predict, 'POST', ImageAnswer, **predictions)
+    add('/batch_predict', batch_predict, 'POST', BatchAnswer, **predictions)
+    add('/model', model, model=dict, **server)
     add('/model_info', model, model=dict, include_in_schema=False)
-    add('/reload', reload, 'POST', Reloaded)
-    add('/metrics', metrics, response_class=Response)
+    add('/health', health, model=Health, key=False, **server)
+    add('/ready', ready, model=Ready, key=False, **server)
+    add('/reload', reload, 'POST', Reloaded, **server)
+    add('/metrics', metrics, response_class=Response, **server)
     add('/', page, key=False, include_in_schema=False)
 
 # %% ../../nbs/969_serving.app.ipynb #0d4bdec7

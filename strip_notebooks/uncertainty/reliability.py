@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import StripError, class_colors, listing, plural
 from ..findings import estimate_text
-from ..metrics.intervals import difference_estimates, metric_estimates
+from ..metrics.intervals import metric_estimates, paired_estimates
 from ..metrics.smooth import smooth_calibration
 from ..metrics.values import expected_calibration_error
 from ..predictions import classes_of, patient_arrays, positive_class
@@ -102,12 +102,12 @@ def reliability_comparison(
 )->pd.DataFrame:                # stage, measure, value, low, high, band_low, band_high, note
     "Scores and calibration errors before and after calibration, with the paired differences"
     y, p, q = _checked(before, after, positive)
-    rows, who, resampling = [], np.arange(len(y)), (n_resamples, seed, False)
-    for stage, r in dict(before=p, after=q).items():
+    rows, resampling = [], (n_resamples, seed, False)
+    found, paired = paired_estimates(y, [(q, .5, None), (p, .5, None)], resampling)
+    estimates = metric_estimates(y, p, np.arange(len(y)), resampling=resampling), found
+    for stage, r, of_stage in zip(('before', 'after'), (p, q), estimates):
         rows += _errors(y, stage, r, seed)
-        found = metric_estimates(y, r, who, resampling=resampling)
-        rows += [dict(stage=stage, measure=m, note='', **found[k]._asdict()) for k, m in scored_measures.items()]
-    paired = difference_estimates(y, [(q, .5, None), (p, .5, None)], resampling)
+        rows += [dict(stage=stage, measure=m, note='', **of_stage[k]._asdict()) for k, m in scored_measures.items()]
     rows += [dict(stage='difference', measure=scored_measures[k], note='after less before', **paired[k]._asdict())
              for k in ('brier', 'log_loss')]
     columns = ['stage', 'measure', 'value', 'low', 'high', 'band_low', 'band_high', 'note']
