@@ -16,7 +16,7 @@ from .core import StripError, content_hash, nearest, plural, read_yaml
 from .engines import open_engine
 from .experiments import check_parameters, experiment_path, remove_leftovers
 from .runs import Run, find_part, workspace
-from .series import earlier_series, open_series
+from .series import earlier_series, left_unfinished, open_series
 
 # %% ../nbs/904_batch.ipynb #f1acc859
 example_batch = '''# clot batch batch.yaml --workers 2
@@ -164,6 +164,7 @@ def run_batch(
     remove_leftovers(root)
     with open_engine(engine, workers, address, workspace()) as opened:
         series = open_series('batch', dict(jobs=[j.words() for j in jobs]), identity, workers, root)
+        if note := left_unfinished(series): say(note)
         failures = _end(jobs, series, _work(jobs, series, opened, say))
     series.run.finish(failures.partition(':')[0])
     if failures: raise StripError(f'{failures} Fixed? The same command resumes what failed.')

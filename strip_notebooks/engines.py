@@ -9,7 +9,7 @@ __all__ = ['engine_names', 'Call', 'Answer', 'EngineError', 'make_call', 'serve_
 # %% ../nbs/902_engines.ipynb #49613554
 import json, logging, os, platform, subprocess, sys, threading, time
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -148,6 +148,27 @@ def _dask_answer(future):
         raise EngineError(f'No Dask worker could make a call ({what}). Start the workers again, with the same '
                           'installation as here; the same command continues what is left.') from None
 
+# %% ../nbs/902_engines.ipynb #50befcfe
+def _look(client, over, seconds):
+    "Until it is over, say when a cluster has lost its last worker, and when it has one again"
+    address, there = client.scheduler.address, True
+    while not over.wait(seconds):
+        with suppress(Exception):                       # a lost scheduler is the error of the calls
+            found = bool(client.scheduler_info()['workers'])
+            if found != there:
+                said = ('A Dask worker is connected again.' if found else f'No Dask worker is connected, so the work '
+                        f'waits for one; start it with `dask worker {address}`, or see `squeue` with Slurm.')
+                print(said, file=sys.stderr, flush=True)
+            there = found
+
+@contextmanager
+def _looking(client, seconds=10.):
+    "In the block, a thread watches the workers of a cluster"
+    over = threading.Event()
+    threading.Thread(target=_look, args=(client, over, seconds), daemon=True).start()
+    try: yield
+    finally: over.set()
+
 # %% ../nbs/902_engines.ipynb #d8678bee
 class DaskEngine:
     "Calls on the workers of a Dask cluster"
@@ -164,7 +185,8 @@ class DaskEngine:
         from distributed import as_completed as ended
         futures = {self.client.submit(call_apart, call, self.place, pure=False): k for k, call in enumerate(calls)}
         try:
-            for future in ended(list(futures)): yield futures[future], _dask_answer(future)
+            with _looking(self.client):
+                for future in ended(list(futures)): yield futures[future], _dask_answer(future)
         finally: self.client.cancel(list(futures))
 
     def close(self):

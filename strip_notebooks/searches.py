@@ -21,7 +21,7 @@ from .runs import Run, find_part, workspace
 from .search.space import SearchPlan, TrialConfig, fixed_values, read_plan, read_space
 from .search.trials import (TrialResult, best_trial, cut_note, next_round, open_study, record_trial,
                                            reopen_trial, stopping_limits, total_trials, trial_table, version_note)
-from .series import Series, earlier_series, open_series
+from .series import Series, earlier_series, left_unfinished, open_series
 from .settings import step_settings
 
 # %% ../nbs/906_searches.ipynb #32192810
@@ -434,6 +434,6 @@ def run_search(
     with open_engine(engine, workers, address, workspace()) as opened:
         search = Search(plan, space, fixed, open_search(plan, workers, root), opened, say)
         search.report(f'{"continues" if search.series.again else "begins"}: {search.run.path}')
-        if note := cut_note(plan, space): search.report(note)
+        for note in filter(None, [left_unfinished(search.series), cut_note(plan, space)]): search.report(note)
         _do(search)
     return search.run

@@ -215,6 +215,17 @@ def test_a_batch_on_two_workers_of_which_one_is_killed(place, cluster):
     assert [(place.folder/f'done{n}').read_text() for n in range(4)] == ['.']*4      # none lost, none double
     assert len(place.runs('job')) == 4 and max(run.status.attempts for run in place.runs('job')) == 2
 
+def test_a_cluster_without_workers_says_that_it_waits(place, monkeypatch):
+    batch(place, 1, wait=9)
+    for name, value in place.environment.items(): monkeypatch.setenv(name, value)
+    with distributed().LocalCluster(n_workers=0, threads_per_worker=1, host='127.0.0.1', dashboard_address='127.0.0.1:0') as cluster:
+        process = place.start('batch', 'batch.yaml', '--engine', 'dask', '--address', cluster.scheduler_address)
+        lines = iter(process.stdout.readline, '')
+        waits = f'No Dask worker is connected, so the work waits for one; start it with `dask worker {cluster.scheduler_address}`, or see `squeue` with Slurm.\n'
+        assert waits in lines           # reads up to this line
+        cluster.scale(1)
+        assert process.wait(timeout=300) == 0 and 'finished' in ''.join(lines)
+
 CLUSTER = '''from distributed import LocalCluster
 if __name__ == '__main__':
     with LocalCluster(n_workers=1, threads_per_worker=1, host='127.0.0.1', dashboard_address='127.0.0.1:0') as found:
