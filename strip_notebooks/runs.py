@@ -265,8 +265,9 @@ def resume(self:Run)->None:
     def resumed(status, state):
         if state == 'finished': raise RunError(f'{self.name} has finished; there is nothing to resume.')
         if state == 'running':
+            lost = f' If that machine is lost, write "interrupted" for "running" in {self.path/"status.json"}.'
             raise RunError(f'{self.name} is running, in process {status.process} of {status.host}; '
-                           'wait for it, or stop it first.')
+                           f'wait for it, or stop it first.{lost if status.host != platform.node() else ""}')
         attempts = status.attempts + 1
         return replace(status, **asdict(Owner.this()), state='running', ended='', error='', attempts=attempts)
     _change(self, resumed)
