@@ -149,7 +149,7 @@ def _dask_answer(future):
                           'installation as here; the same command continues what is left.') from None
 
 # %% ../nbs/902_engines.ipynb #50befcfe
-def _look(client, over, seconds):
+def _watch_workers(client, over, seconds):
     "Until it is over, say when a cluster has lost its last worker, and when it has one again"
     address, there = client.scheduler.address, True
     while not over.wait(seconds):
@@ -162,10 +162,10 @@ def _look(client, over, seconds):
             there = found
 
 @contextmanager
-def _looking(client, seconds=10.):
+def _workers_watched(client, seconds=10.):
     "In the block, a thread watches the workers of a cluster"
     over = threading.Event()
-    threading.Thread(target=_look, args=(client, over, seconds), daemon=True).start()
+    threading.Thread(target=_watch_workers, args=(client, over, seconds), daemon=True).start()
     try: yield
     finally: over.set()
 
@@ -185,7 +185,7 @@ class DaskEngine:
         from distributed import as_completed as ended
         futures = {self.client.submit(call_apart, call, self.place, pure=False): k for k, call in enumerate(calls)}
         try:
-            with _looking(self.client):
+            with _workers_watched(self.client):
                 for future in ended(list(futures)): yield futures[future], _dask_answer(future)
         finally: self.client.cancel(list(futures))
 

@@ -60,16 +60,19 @@ class Series:
                          threads=self.threads))
 
 # %% ../nbs/903_series.ipynb #21a59761
+def _all_series(step, root):
+    "The runs of all series of a kind, oldest first"
+    root = Path(root or workspace()/'runs')
+    found = [Run(root/name) for name in list_runs(root).query('step == @step and state != "corrupt"').run]
+    return [run for run in found if (run.path/'series.json').exists()]
+
 def earlier_series(
     step:str,       # 'search' or 'batch'
     identity:str,   # A hash of what it is
     root=None,      # The folder of all runs; None is the workspace's runs/
 )->list[Run]:       # Oldest first
     "The runs of a series, from `open_series` with the same identity"
-    root = Path(root or workspace()/'runs')
-    found = [Run(root/name) for name in list_runs(root).query('step == @step and state != "corrupt"').run]
-    return [run for run in found if (run.path/'series.json').exists()
-            and read_json(run.path/'series.json').get('identity') == identity]
+    return [run for run in _all_series(step, root) if read_json(run.path/'series.json').get('identity') == identity]
 
 # %% ../nbs/903_series.ipynb #d78ff8d8
 def _open(step, parameters, identity, workers, root):
@@ -104,6 +107,5 @@ def left_unfinished(
 )->str:             # Empty if it continues, or if there is no other
     "Which unfinished series of the same kind a new one does not continue, as a sentence"
     if series.again: return ''
-    table = list_runs(series.root)
-    names = table.run[(table.step == series.run.step) & table.state.isin(['failed', 'interrupted'])].tolist()
+    names = [r.name for r in _all_series(series.run.step, series.root) if r.state in ('failed', 'interrupted')]
     return f'Not continued, with other settings: {listing(names)}.' if names else ''

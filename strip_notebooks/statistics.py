@@ -65,7 +65,7 @@ def roc_area(
     tp,             # (B, T + 1) true positives of each resample at each threshold, from no one to everyone
     fp,             # (B, T + 1) false positives
 )->np.ndarray:      # (B,); NaN where a class is absent
-    "Area under the ROC curve from its counts, by the trapezoidal rule"
+    "Area under the ROC curve from its counts, a sum of trapezoids (Hanley and McNeil 1982)"
     area = (np.diff(fp)*(tp[:, 1:] + tp[:, :-1])).sum(1)/2
     with np.errstate(invalid='ignore'): return area/(tp[:, -1]*fp[:, -1])
 

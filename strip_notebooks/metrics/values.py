@@ -45,7 +45,7 @@ def pr_area(
     tp,             # (B, T + 1) true positives of each resample at each threshold, from no one to everyone
     fp,             # (B, T + 1) false positives
 )->np.ndarray:      # (B,); NaN without positives
-    "Area under the precision-recall curve from its counts, as a sum of steps"
+    "Area under the precision-recall curve from its counts, a sum of steps (Davis and Goadrich 2006)"
     steps = np.diff(tp)*tp[:, 1:]/np.maximum(1, tp + fp)[:, 1:]
     with np.errstate(invalid='ignore'): return steps.sum(1)/tp[:, -1]
 
